@@ -1,0 +1,201 @@
+#include "bindings/array_view.h"
+
+#include <algorithm>
+#include <bit>
+
+#include "bindings/dlpack.h"
+#include "core/layout.h"
+
+namespace onepass {
+namespace {
+
+using Kind = ArgumentError::Kind;
+
+std::string supported_dtypes() {
+  std::string names;
+  for (const DTypeInfo& dtype : DTypeTable<DTypes>::rows) names += (names.empty() ? "" : ", ") + std::string(dtype.name);
+  return names;
+}
+
+[[noreturn]] void unsupported_dtype(const std::string& name) {
+  throw ArgumentError(Kind::type, "dtype " + name + " is not supported; supported are " + supported_dtypes());
+}
+
+std::string type_name(py::handle object) { return py::str(py::type::handle_of(object).attr("__name__")); }
+
+bool is_masked(py::handle array) {
+  // A masked array is an ndarray whose mask an update would ignore.
+  const py::object module = py::module_::import("sys").attr("modules").attr("get")("numpy.ma");
+  return !module.is_none() && py::isinstance(array, module.attr("MaskedArray"));
+}
+
+ArrayView view_numpy(py::handle object) {
+  const auto* array = py::detail::array_proxy(object.ptr());
+  const auto* descr = py::detail::array_descriptor_proxy(array->descr);
+  ArrayView view;
+  switch (descr->type_num) {
+    case py::detail::npy_api::NPY_FLOAT_:
+      view.dtype = DType::float32;
+      break;
+    case py::detail::npy_api::NPY_DOUBLE_:
+      view.dtype = DType::float64;
+      break;
+    default:
+      unsupported_dtype(py::str(py::handle(array->descr)));
+  }
+  constexpr char foreign = std::endian::native == std::endian::little ? '>' : '<';
+  if (descr->byteorder == foreign) {
+    throw ArgumentError(Kind::type, "dtype " + std::string(py::str(py::handle(array->descr).attr("str"))) +
+                                        " has foreign byte order; convert it with .astype(" + info(view.dtype).name + ")");
+  }
+  static_assert(sizeof(py::ssize_t) == sizeof(std::ptrdiff_t));
+  const auto ndim = static_cast<std::size_t>(array->nd);
+  view.data = reinterpret_cast<std::byte*>(array->data);
+  view.shape = {array->dimensions, ndim};
+  view.strides = {array->strides, ndim};
+  view.writable = (array->flags & py::detail::npy_api::NPY_ARRAY_WRITEABLE_) != 0;
+  return view;
+}
+
+std::string python_error(py::error_already_set& error) { return py::str(error.value()); }
+
+// The capsule of `object.__dlpack__()`, versioned where the producer knows versions.
+py::object export_dlpack(py::handle object) {
+  const py::object method = object.attr("__dlpack__");
+  try {
+    return method(py::arg("max_version") = py::make_tuple(1, 0));
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_TypeError)) throw;
+  }
+  return method();
+}
+
+ArrayView view_dlpack(py::handle object, Keeper& keeper) {
+  if (py::hasattr(object, "__dlpack_device__")) {
+    // Asked first: an export from a device would synchronize it.
+    const auto device = object.attr("__dlpack_device__")().cast<py::tuple>()[0].cast<std::int32_t>();
+    if (device != dlpack::kCpu && device != dlpack::kCudaHost) {
+      throw ArgumentError(
+          Kind::type, device == dlpack::kCuda || device == dlpack::kCudaManaged
+                          ? "is on a CUDA device, and this build of onepass has no CUDA kernels; pass host arrays"
+                          : "is on a device (DLPack type " + std::to_string(device) + ") that onepass does not support");
+    }
+  }
+  py::object capsule;
+  try {
+    capsule = export_dlpack(object);
+  } catch (py::error_already_set& error) {
+    throw ArgumentError(Kind::type, type_name(object) + ".__dlpack__() failed: " + python_error(error));
+  }
+  const dlpack::Tensor* tensor = nullptr;
+  ArrayView view;
+  view.writable = true;
+  if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned") != 0) {
+    const auto* managed =
+        static_cast<dlpack::ManagedVersioned*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
+    if (managed->major != 1) {
+      throw ArgumentError(Kind::type, "exports DLPack version " + std::to_string(managed->major) + ", not 0 or 1");
+    }
+    if ((managed->flags & dlpack::kIsCopied) != 0) {
+      throw ArgumentError(Kind::value, "its __dlpack__() exports a copy; an update would land there");
+    }
+    view.writable = (managed->flags & dlpack::kReadOnly) == 0;
+    tensor = &managed->tensor;
+  } else if (PyCapsule_IsValid(capsule.ptr(), "dltensor") != 0) {
+    tensor = &static_cast<dlpack::Managed*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"))->tensor;
+  } else {
+    throw ArgumentError(Kind::type, type_name(object) + ".__dlpack__() returned no DLPack capsule");
+  }
+  const dlpack::DataType type = tensor->dtype;
+  if (type.code == dlpack::kFloat && type.lanes == 1 && type.bits == 32) {
+    view.dtype = DType::float32;
+  } else if (type.code == dlpack::kFloat && type.lanes == 1 && type.bits == 64) {
+    view.dtype = DType::float64;
+  } else {
+    unsupported_dtype(py::hasattr(object, "dtype") ? std::string(py::str(object.attr("dtype")))
+                                                   : "(DLPack code " + std::to_string(type.code) + ", " +
+                                                         std::to_string(type.bits) + " bits)");
+  }
+  const auto ndim = static_cast<std::size_t>(tensor->ndim);
+  std::vector<std::ptrdiff_t>& numbers = keeper.numbers();
+  numbers.assign(tensor->shape, tensor->shape + ndim);
+  numbers.resize(2 * ndim);
+  auto c_stride = static_cast<std::ptrdiff_t>(view.itemsize());
+  for (std::size_t a = ndim; a-- > 0;) {
+    numbers[ndim + a] =
+        tensor->strides != nullptr ? tensor->strides[a] * static_cast<std::ptrdiff_t>(view.itemsize()) : c_stride;
+    c_stride *= numbers[a];
+  }
+  view.shape = {numbers.data(), ndim};
+  view.strides = {numbers.data() + ndim, ndim};
+  view.data = static_cast<std::byte*>(tensor->data);
+  if (view.data != nullptr) view.data += tensor->byte_offset;
+  keeper.hold(std::move(capsule));  // never renamed: its own destructor calls the deleter
+  return view;
+}
+
+}  // namespace
+
+void ArgumentError::raise(const std::string& name) const {
+  const std::string message = name + ": " + what();
+  if (kind_ == Kind::type) throw py::type_error(message);
+  throw py::value_error(message);
+}
+
+MemoryRange memory_range(const ArrayView& view) {
+  if (view.count == 0) return {};
+  std::ptrdiff_t low = 0;
+  auto high = static_cast<std::ptrdiff_t>(view.itemsize());
+  for (std::size_t a = 0; a < view.shape.size(); ++a) {
+    const std::ptrdiff_t reach = (view.shape[a] - 1) * view.strides[a];
+    (reach < 0 ? low : high) += reach;
+  }
+  const auto start = reinterpret_cast<std::uintptr_t>(view.data);
+  return {start + static_cast<std::uintptr_t>(low), start + static_cast<std::uintptr_t>(high)};
+}
+
+void Keeper::clear() {
+  objects_.clear();
+  numbers_.clear();
+}
+
+ArrayView view_array(py::handle object, Keeper& keeper) {
+  static PyTypeObject* const ndarray = py::detail::npy_api::get().PyArray_Type_;
+  ArrayView view;
+  if (Py_TYPE(object.ptr()) == ndarray) {
+    view = view_numpy(object);
+  } else if (PyObject_TypeCheck(object.ptr(), ndarray)) {
+    if (is_masked(object)) {
+      throw ArgumentError(Kind::type, "is a masked array, whose mask an update would ignore; pass its .data");
+    }
+    view = view_numpy(object);
+  } else if (py::hasattr(object, "__cuda_array_interface__")) {
+    throw ArgumentError(Kind::type,
+                        "is on a CUDA device, and this build of onepass has no CUDA kernels; pass host arrays");
+  } else if (!PyType_Check(object.ptr()) && py::hasattr(object, "__dlpack__")) {
+    view = view_dlpack(object, keeper);
+  } else {
+    throw ArgumentError(Kind::type,
+                        "expected a NumPy array or an object with __dlpack__, got " + type_name(object));
+  }
+  view.count = 1;
+  for (const std::ptrdiff_t length : view.shape) view.count *= static_cast<std::size_t>(length);
+  return view;
+}
+
+void require_updatable(const ArrayView& view) {
+  if (!view.writable) throw ArgumentError(Kind::value, "is read-only and cannot be updated in place");
+  if (!is_dense(view.shape, view.strides, view.itemsize())) {
+    throw ArgumentError(Kind::value, "strides " + shape_text(view.strides) + " of shape " + shape_text(view.shape) +
+                                         " leave gaps, repeat or run backwards; arrays that are updated must be dense in "
+                                         "memory (C, Fortran or permuted order)");
+  }
+}
+
+std::string shape_text(std::span<const std::ptrdiff_t> numbers) {
+  std::string text = "(";
+  for (std::size_t k = 0; k < numbers.size(); ++k) text += (k > 0 ? ", " : "") + std::to_string(numbers[k]);
+  return text + (numbers.size() == 1 ? ",)" : ")");
+}
+
+}  // namespace onepass

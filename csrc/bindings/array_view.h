@@ -1,0 +1,74 @@
+// The one door through which arrays enter. No other file reads a Python array.
+//
+// A view is read from the array object anew at each step: no pointer outlives the call that asked for it.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstddef>
+#include <deque>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "core/dtype.h"
+
+namespace onepass {
+
+namespace py = pybind11;
+
+// What is wrong with an argument. The caller, who knows what the argument is called, puts the name in front.
+class ArgumentError : public std::runtime_error {
+ public:
+  enum class Kind { type, value };
+  ArgumentError(Kind kind, const std::string& what) : std::runtime_error(what), kind_(kind) {}
+  [[noreturn]] void raise(const std::string& name) const;  // as TypeError or ValueError: "name: what"
+
+ private:
+  Kind kind_;
+};
+
+struct ArrayView {
+  std::byte* data = nullptr;
+  DType dtype = DType::float32;
+  std::size_t count = 0;
+  bool writable = false;
+  std::span<const std::ptrdiff_t> shape;
+  std::span<const std::ptrdiff_t> strides;  // bytes
+
+  std::size_t itemsize() const { return info(dtype).itemsize; }
+};
+
+// The half-open range of addresses that an array touches; empty for an array without elements.
+struct MemoryRange {
+  std::uintptr_t begin = 0;
+  std::uintptr_t end = 0;
+  bool empty() const { return begin == end; }
+  bool meets(const MemoryRange& other) const { return begin < other.end && other.begin < end; }
+  bool operator==(const MemoryRange&) const = default;
+};
+MemoryRange memory_range(const ArrayView& view);
+
+// Keeps alive what views of foreign arrays (DLPack) point into. Views of NumPy arrays need nothing.
+class Keeper {
+ public:
+  void clear();
+  void hold(py::object object) { objects_.push_back(std::move(object)); }
+  std::vector<std::ptrdiff_t>& numbers() { return numbers_.emplace_back(); }
+
+ private:
+  std::vector<py::object> objects_;
+  std::deque<std::vector<std::ptrdiff_t>> numbers_;
+};
+
+// Throws ArgumentError for anything but a host array of a supported dtype.
+ArrayView view_array(py::handle object, Keeper& keeper);
+
+// Throws ArgumentError unless the array can be written in place: writable and dense in memory.
+void require_updatable(const ArrayView& view);
+
+std::string shape_text(std::span<const std::ptrdiff_t> numbers);
+
+}  // namespace onepass

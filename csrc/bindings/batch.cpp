@@ -1,0 +1,201 @@
+#include "bindings/batch.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "core/layout.h"
+#include "cpu/parallel.h"
+
+namespace onepass {
+namespace {
+
+using Kind = ArgumentError::Kind;
+
+template <class Action>
+decltype(auto) named(const Naming& naming, std::size_t index, std::size_t stream, Action action) {
+  try {
+    return action();
+  } catch (const ArgumentError& error) {
+    error.raise(naming.name(index, stream));
+  }
+}
+
+bool fits(double value, DType dtype) {
+  return std::isfinite(value) && (dtype == DType::float64 || std::abs(value) <= std::numeric_limits<float>::max());
+}
+
+// A coefficient that is finite in float64 and not in the compute type would spread NaN without a word.
+void require_finite(const Kernel& kernel, Setting& setting, DType dtype) {
+  bool& checked = setting.checked[static_cast<std::size_t>(dtype)];
+  if (checked) return;
+  const auto require = [&](const char* what, double value) {
+    if (!fits(value, dtype)) {
+      throw py::value_error(std::string(kernel.rule) + ": the coefficient '" + what + "' is " +
+                            std::string(py::str(py::float_(value))) + ", which is not finite in " + info(dtype).name +
+                            "; the hyper-parameters are out of range");
+    }
+  };
+  for (std::size_t k = 0; k < kernel.coefficients.count; ++k) {
+    require(kernel.coefficients.data[k], setting.coefficients[k]);
+  }
+  require("scale", setting.around.scale);
+  require("l1", setting.around.l1);
+  require("l2", setting.around.l2);
+  require("decay", setting.around.decay);
+  checked = true;
+}
+
+void require_match(const ArrayView& view, const ArrayView& param) {
+  if (!std::ranges::equal(view.shape, param.shape)) {
+    throw ArgumentError(Kind::value,
+                        "shape " + shape_text(view.shape) + " does not match its parameter's " + shape_text(param.shape));
+  }
+  if (view.dtype != param.dtype) {
+    throw ArgumentError(Kind::type, std::string("dtype ") + info(view.dtype).name + " does not match its parameter's " +
+                                        info(param.dtype).name);
+  }
+}
+
+// The smallest step for which the interpreter lock is released: below it, giving the lock back costs more than the work.
+constexpr std::size_t kReleaseBytes = std::size_t{1} << 15;
+
+}  // namespace
+
+void Batch::clear() {
+  tensors_.clear();
+  indices_.clear();
+  walks_.clear();
+  written_.clear();
+  grads_.clear();
+  keeper_.clear();
+}
+
+void Batch::add(const Kernel& kernel, py::handle param, py::handle grad, const py::object* slots, Setting* setting,
+                std::size_t index, const Naming& naming) {
+  const ArrayView p = named(naming, index, kParam, [&] {
+    const ArrayView view = view_array(param, keeper_);
+    require_updatable(view);
+    return view;
+  });
+  const auto position = static_cast<std::uint32_t>(tensors_.size());
+  Walk* walk = nullptr;
+  const auto walk_if_needed = [&](const ArrayView& view, std::size_t stream) {
+    if (same_order(p.shape, p.strides, view.strides)) return;
+    if (walk == nullptr) walk = &walks_.emplace_back();
+    walk->axes[stream - kGrad] = walk_axes(p.shape, p.strides, view.strides);
+    walk->gather[stream - kGrad] = true;
+  };
+
+  Tensor tensor;
+  tensor.kernel = &kernel;
+  tensor.dtype = p.dtype;
+  tensor.count = p.count;
+  tensor.streams.param = p.data;
+  written_.push_back({memory_range(p), position, kParam});
+  for (std::size_t k = 0; k < kernel.slots.count; ++k) {
+    named(naming, index, kFirstSlot + k, [&] {
+      const ArrayView slot = view_array(slots[k], keeper_);
+      require_updatable(slot);
+      require_match(slot, p);
+      tensor.streams.slots[k] = slot.data;
+      walk_if_needed(slot, kFirstSlot + k);
+      written_.push_back({memory_range(slot), position, static_cast<std::uint32_t>(kFirstSlot + k)});
+    });
+  }
+  if (grad) {
+    named(naming, index, kGrad, [&] {
+      const ArrayView g = view_array(grad, keeper_);
+      require_match(g, p);
+      tensor.streams.grad = g.data;
+      walk_if_needed(g, kGrad);
+      grads_.push_back({memory_range(g), position, kGrad});
+    });
+  }
+  if (setting != nullptr) {
+    require_finite(kernel, *setting, p.dtype);
+    tensor.coefficients = setting->coefficients;
+    tensor.around = &setting->around;
+  }
+  tensor.walk = walk;
+  tensors_.push_back(tensor);
+  indices_.push_back(index);
+}
+
+void Batch::compare_gradient(const Interval& grad, const Naming& naming, bool& judged_by_element) const {
+  // The first written range that ends behind the gradient's beginning, and those that follow while they meet it.
+  auto candidate = std::ranges::upper_bound(sorted_, grad.range.begin, {},
+                                            [](const Interval& interval) { return interval.range.end; });
+  for (; candidate != sorted_.end() && candidate->range.meets(grad.range); ++candidate) {
+    const Tensor& tensor = tensors_[grad.tensor];
+    bool overlap = true;
+    if (tensor.walk != nullptr && tensor.walk->gather[0]) {
+      // A strided gradient may lie around what is written without touching it: compare element by element.
+      judged_by_element = true;
+      overlap = false;
+      const std::size_t itemsize = info(tensor.dtype).itemsize;
+      const auto base = reinterpret_cast<std::uintptr_t>(tensor.streams.grad);
+      for_each_run(tensor.walk->axes[0], 0, tensor.count, [&](std::ptrdiff_t offset, std::size_t run, std::ptrdiff_t stride) {
+        for (std::size_t k = 0; k < run; ++k) {
+          const std::uintptr_t at = base + static_cast<std::uintptr_t>(offset + static_cast<std::ptrdiff_t>(k) * stride);
+          overlap = overlap || candidate->range.meets({at, at + itemsize});
+        }
+      });
+    }
+    if (overlap) {
+      throw py::value_error(name(grad, naming) + ": overlaps " + name(*candidate, naming) +
+                            " in memory, which the step writes");
+    }
+  }
+}
+
+void Batch::require_disjoint(const Naming& naming) {
+  const auto same = [](const std::vector<Interval>& now, const std::vector<MemoryRange>& passed) {
+    return std::ranges::equal(now, passed, {}, &Interval::range);
+  };
+  const auto remember = [](const std::vector<Interval>& now, std::vector<MemoryRange>& passed) {
+    passed.clear();
+    for (const Interval& interval : now) passed.push_back(interval.range);
+  };
+  if (!same(written_, passed_written_)) {
+    passed_written_.clear();
+    passed_grads_.clear();
+    sort_written(naming);
+    remember(written_, passed_written_);
+  } else if (same(grads_, passed_grads_)) {
+    return;
+  }
+  passed_grads_.clear();
+  bool judged_by_element = false;
+  for (const Interval& grad : grads_) {
+    if (!grad.range.empty()) compare_gradient(grad, naming, judged_by_element);
+  }
+  // Other strides over the same range may judge otherwise: look again next time.
+  if (!judged_by_element) remember(grads_, passed_grads_);
+}
+
+void Batch::sort_written(const Naming& naming) {
+  sorted_.clear();
+  for (const Interval& interval : written_) {
+    if (!interval.range.empty()) sorted_.push_back(interval);
+  }
+  std::ranges::sort(sorted_, {}, [](const Interval& interval) { return interval.range.begin; });
+  for (std::size_t k = 1; k < sorted_.size(); ++k) {
+    const Interval& a = sorted_[k - 1];
+    const Interval& b = sorted_[k];
+    if (!a.range.meets(b.range)) continue;
+    const bool in_order = a.tensor < b.tensor || (a.tensor == b.tensor && a.stream < b.stream);
+    throw py::value_error(name(in_order ? b : a, naming) + ": overlaps " + name(in_order ? a : b, naming) +
+                          " in memory; arrays that a step writes must not share memory");
+  }
+}
+
+Isa Batch::run() const {
+  std::size_t bytes = 0;
+  for (const Tensor& tensor : tensors_) bytes += traffic(tensor);
+  if (bytes < kReleaseBytes) return update(tensors_, 1);
+  const py::gil_scoped_release release;
+  return update(tensors_, bytes < kSerialBytes ? 1 : thread_count());
+}
+
+}  // namespace onepass

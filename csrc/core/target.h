@@ -1,0 +1,10 @@
+// How the code that runs on every device is marked.
+#pragma once
+
+#if defined(__CUDACC__)
+#define HD __host__ __device__ __forceinline__
+#else
+// Always inlined: no formula may survive as a function of its own. A copy that was compiled for AVX-512 and merged by
+// the linker with one from another unit would run on machines that cannot execute it.
+#define HD inline __attribute__((always_inline))
+#endif

@@ -1,0 +1,42 @@
+// One step over many tensors. This is the library's face for C++: validate, fill in a Tensor for each parameter, call
+// update().
+#pragma once
+
+#include <cstddef>
+#include <span>
+#include <vector>
+
+#include "core/dtype.h"
+#include "core/kernel.h"
+#include "core/layout.h"
+
+namespace onepass {
+
+// How streams that lie in another order than the parameter are walked: position 0 is the gradient, 1 + k is slot k.
+struct Walk {
+  std::vector<Axis> axes[1 + kMaxSlots];
+  bool gather[1 + kMaxSlots] = {};
+};
+
+struct Tensor {
+  const Kernel* kernel = nullptr;
+  DType dtype = DType::float32;
+  std::size_t count = 0;  // elements
+  Streams streams{};
+  const double* coefficients = nullptr;
+  const Around* around = nullptr;
+  const Walk* walk = nullptr;  // null: all streams in the parameter's order
+};
+
+// Bytes that a step over this tensor reads and writes.
+std::size_t traffic(const Tensor& tensor);
+
+// Below this many bytes a step runs on the calling thread: waking a worker costs 5 to 30 us, and one core moves a
+// megabyte in about 25.
+inline constexpr std::size_t kSerialBytes = std::size_t{1} << 20;
+
+// Updates all tensors. Arrays that are written must not overlap with any other array of the step. Bits do not depend on
+// `threads`. Returns the instruction set of the kernels that ran (of the active table, if there was nothing to do).
+Isa update(std::span<const Tensor> tensors, std::size_t threads);
+
+}  // namespace onepass

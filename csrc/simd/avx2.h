@@ -1,0 +1,96 @@
+// 8 floats or 4 doubles.
+#pragma once
+
+#if !defined(__AVX2__)
+#error "simd/avx2.h belongs into a unit that is compiled for AVX2"
+#endif
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <type_traits>
+
+#include "core/dtype.h"
+#include "core/kernel.h"
+#include "simd/one_lane.h"
+
+namespace onepass {
+namespace {
+
+constexpr Isa kIsa = Isa::avx2;
+
+struct Float32x8 {
+  using Scalar = float;
+  static constexpr std::size_t lanes = 8;
+  __m256 value;
+
+  Float32x8() = default;
+  HD explicit Float32x8(float x) : value(_mm256_set1_ps(x)) {}
+  HD explicit Float32x8(__m256 x) : value(x) {}
+
+  template <class D>
+  HD static Float32x8 load(const std::byte* from) {
+    static_assert(std::is_same_v<D, Float32>);
+    return Float32x8(_mm256_loadu_ps(reinterpret_cast<const float*>(from)));
+  }
+  template <class D>
+  HD void store(std::byte* to) const {
+    static_assert(std::is_same_v<D, Float32>);
+    _mm256_storeu_ps(reinterpret_cast<float*>(to), value);
+  }
+
+  HD friend Float32x8 operator+(Float32x8 a, Float32x8 b) { return Float32x8(_mm256_add_ps(a.value, b.value)); }
+  HD friend Float32x8 operator-(Float32x8 a, Float32x8 b) { return Float32x8(_mm256_sub_ps(a.value, b.value)); }
+  HD friend Float32x8 operator*(Float32x8 a, Float32x8 b) { return Float32x8(_mm256_mul_ps(a.value, b.value)); }
+  HD friend Float32x8 operator/(Float32x8 a, Float32x8 b) { return Float32x8(_mm256_div_ps(a.value, b.value)); }
+  HD friend Float32x8 max(Float32x8 a, Float32x8 b) { return Float32x8(_mm256_max_ps(a.value, b.value)); }
+  HD friend Float32x8 sqrt(Float32x8 a) { return Float32x8(_mm256_sqrt_ps(a.value)); }
+  HD friend Float32x8 sign(Float32x8 a) {
+    const __m256 zero = _mm256_setzero_ps();
+    const __m256 up = _mm256_and_ps(_mm256_cmp_ps(a.value, zero, _CMP_GT_OQ), _mm256_set1_ps(1.0F));
+    const __m256 down = _mm256_and_ps(_mm256_cmp_ps(a.value, zero, _CMP_LT_OQ), _mm256_set1_ps(-1.0F));
+    const __m256 nan = _mm256_and_ps(_mm256_cmp_ps(a.value, a.value, _CMP_UNORD_Q), a.value);
+    return Float32x8(_mm256_or_ps(_mm256_or_ps(up, down), nan));
+  }
+};
+
+struct Float64x4 {
+  using Scalar = double;
+  static constexpr std::size_t lanes = 4;
+  __m256d value;
+
+  Float64x4() = default;
+  HD explicit Float64x4(double x) : value(_mm256_set1_pd(x)) {}
+  HD explicit Float64x4(__m256d x) : value(x) {}
+
+  template <class D>
+  HD static Float64x4 load(const std::byte* from) {
+    static_assert(std::is_same_v<D, Float64>);
+    return Float64x4(_mm256_loadu_pd(reinterpret_cast<const double*>(from)));
+  }
+  template <class D>
+  HD void store(std::byte* to) const {
+    static_assert(std::is_same_v<D, Float64>);
+    _mm256_storeu_pd(reinterpret_cast<double*>(to), value);
+  }
+
+  HD friend Float64x4 operator+(Float64x4 a, Float64x4 b) { return Float64x4(_mm256_add_pd(a.value, b.value)); }
+  HD friend Float64x4 operator-(Float64x4 a, Float64x4 b) { return Float64x4(_mm256_sub_pd(a.value, b.value)); }
+  HD friend Float64x4 operator*(Float64x4 a, Float64x4 b) { return Float64x4(_mm256_mul_pd(a.value, b.value)); }
+  HD friend Float64x4 operator/(Float64x4 a, Float64x4 b) { return Float64x4(_mm256_div_pd(a.value, b.value)); }
+  HD friend Float64x4 max(Float64x4 a, Float64x4 b) { return Float64x4(_mm256_max_pd(a.value, b.value)); }
+  HD friend Float64x4 sqrt(Float64x4 a) { return Float64x4(_mm256_sqrt_pd(a.value)); }
+  HD friend Float64x4 sign(Float64x4 a) {
+    const __m256d zero = _mm256_setzero_pd();
+    const __m256d up = _mm256_and_pd(_mm256_cmp_pd(a.value, zero, _CMP_GT_OQ), _mm256_set1_pd(1.0));
+    const __m256d down = _mm256_and_pd(_mm256_cmp_pd(a.value, zero, _CMP_LT_OQ), _mm256_set1_pd(-1.0));
+    const __m256d nan = _mm256_and_pd(_mm256_cmp_pd(a.value, a.value, _CMP_UNORD_Q), a.value);
+    return Float64x4(_mm256_or_pd(_mm256_or_pd(up, down), nan));
+  }
+};
+
+template <class S>
+using Wide = std::conditional_t<std::is_same_v<S, float>, Float32x8, Float64x4>;
+
+}  // namespace
+}  // namespace onepass

@@ -1,0 +1,163 @@
+"""Hyper-parameters: the range of each name, checked wherever a value enters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from numbers import Real
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Hyper: TypeAlias = dict[str, Any]
+LearningRate: TypeAlias = float | Callable[[int], float]
+
+
+def _real(value: Any, name: str, need: str, inside: Callable[[float], bool]) -> float:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected {need}, got {value!r}")
+    number = float(value)
+    if not inside(number):  # NaN is inside nothing
+        raise ValueError(f"{name}: expected {need}, got {value!r}")
+    return number
+
+
+def _nonnegative(value: Any, name: str) -> float:
+    return _real(value, name, "a finite number >= 0", lambda x: 0.0 <= x < math.inf)
+
+
+def _fraction(value: Any, name: str) -> float:
+    return _real(value, name, "a number in [0, 1)", lambda x: 0.0 <= x < 1.0)
+
+
+def _closed_fraction(value: Any, name: str) -> float:
+    return _real(value, name, "a number in [0, 1]", lambda x: 0.0 <= x <= 1.0)
+
+
+def _nonnegative_or_inf(value: Any, name: str) -> float:
+    return _real(value, name, "a number >= 0 or inf", lambda x: x >= 0.0)
+
+
+def _flag(value: Any, name: str) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return bool(value)
+
+
+def _betas(value: Any, name: str) -> tuple[float, float]:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name}: expected a pair (beta1, beta2), got {value!r}")
+    return _fraction(value[0], f"{name}[0]"), _fraction(value[1], f"{name}[1]")
+
+
+def learning_rate(value: Any, name: str) -> float:
+    """The value of a learning rate or of a schedule at one step, checked."""
+    return _nonnegative(value, name)
+
+
+def _learning_rate_or_schedule(value: Any, name: str) -> LearningRate:
+    if callable(value):
+        schedule: Callable[[int], float] = value
+        return schedule
+    return _real(value, name, "a finite number >= 0 or a callable of the step count", lambda x: 0.0 <= x < math.inf)
+
+
+RANGES: dict[str, Callable[[Any, str], Any]] = {
+    "lr": _learning_rate_or_schedule,
+    "betas": _betas,
+    "momentum": _fraction,
+    "dampening": _closed_fraction,
+    "rho": _fraction,
+    "eps": _nonnegative,
+    "eps_root": _nonnegative,
+    "initial_accumulator": _nonnegative,
+    "lr_decay": _nonnegative,
+    "momentum_decay": _nonnegative_or_inf,
+    "weight_decay": _nonnegative,
+    "l1": _nonnegative,
+    "decoupled_weight_decay": _flag,
+    "maximize": _flag,
+    "lr_in_velocity": _flag,
+    "centered": _flag,
+    "bias_correction": _flag,
+    "eps_hat": _flag,
+    "amsgrad": _flag,
+    "max_of_corrected": _flag,
+}
+
+
+def checked(values: Mapping[str, Any], prefix: str = "{}") -> Hyper:
+    """A copy of `values`, each in its range and of its plain type; `prefix` is a format for names in messages."""
+    hyper = {name: RANGES[name](value, prefix.format(name)) for name, value in values.items()}
+    if "eps" in hyper and hyper["eps"] == 0.0 and hyper["eps_root"] == 0.0:
+        eps, eps_root = prefix.format("eps"), prefix.format("eps_root")
+        raise ValueError(f"{eps}: {eps} and {eps_root} are both 0; one must be positive, or 0 / 0 is NaN")
+    if hyper.get("max_of_corrected", False) and not hyper["amsgrad"]:
+        raise ValueError(f"{prefix.format('max_of_corrected')}: needs amsgrad=True")
+    return hyper
+
+
+def require_eps_survives(hyper: Mapping[str, Any], dtypes: set[np.dtype[Any]], prefix: str = "{}") -> None:
+    """Raise if a positive eps or eps_root is zero in the compute type, in which subnormals are zero too."""
+    for name in ("eps", "eps_root"):
+        value = hyper.get(name, 0.0)
+        if value == 0.0:
+            continue
+        for dtype in dtypes:
+            if value < float(np.finfo(dtype).tiny):
+                raise ValueError(
+                    f"{prefix.format(name)}: {value!r} is zero in {dtype}, where the smallest positive number that "
+                    f"counts is {float(np.finfo(dtype).tiny):.3g}"
+                )
+
+
+class ParamGroup(MutableMapping[str, Any]):
+    """The hyper-parameters of a group of parameters, by name; assigning to one checks it and takes effect at once.
+
+    ``group["params"]`` lists the group's arrays and cannot be assigned. Nor can what decides which states exist, or what
+    is only read at construction: a new optimizer is needed for that.
+
+    Raises
+    ------
+    KeyError
+        For a name that the optimizer does not have.
+    TypeError, ValueError
+        For a value of the wrong type or out of range. Nothing has changed then.
+    """
+
+    def __init__(self, params: tuple[Any, ...], hyper: Hyper, check: Callable[[Hyper, Hyper], Hyper]) -> None:
+        self._params = params
+        self._hyper = hyper
+        self._check = check
+
+    def __getitem__(self, name: str) -> Any:
+        if name == "params":
+            return self._params
+        return self._hyper[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.update({name: value})
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Set several hyper-parameters, all or none of them."""
+        changes: Hyper = dict(*args, **kwargs)
+        for name in changes:
+            if name == "params":
+                raise ValueError("params: the parameters of a group are fixed when the optimizer is made")
+            if name not in self._hyper:
+                raise KeyError(f"{name!r} is not a hyper-parameter; there are {', '.join(self._hyper)}")
+        self._hyper.update(self._check(self._hyper, changes))
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError(f"{name!r}: hyper-parameters cannot be deleted")
+
+    def __iter__(self) -> Iterator[str]:
+        yield "params"
+        yield from self._hyper
+
+    def __len__(self) -> int:
+        return 1 + len(self._hyper)
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={value!r}" for name, value in self._hyper.items())
+        return f"ParamGroup({len(self._params)} parameters, {values})"

@@ -1,0 +1,145 @@
+"""Nadam."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from onepass.optim.hyper import LearningRate
+from onepass.optim.optimizer import Coefficients, Grads, Optimizer, Params
+
+
+class Nadam(Optimizer):
+    r"""Nadam: Adam with Nesterov's look-ahead in the first moment, under a warming momentum.
+
+    .. math::
+        \mu_t &= \beta_1 (1 - \tfrac12 \cdot 0.96^{t \cdot \mathrm{momentum\_decay}}), \qquad M_t = \mu_1 \cdots \mu_t \\
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
+        v_t &= \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
+        p_t &= p_{t-1} - \frac{\mathrm{lr}\,\mu_{t+1} / (1 - M_t \mu_{t+1}) \cdot m_t
+               + \mathrm{lr}\,(1 - \mu_t) / (1 - M_t) \cdot g_t}
+               {\sqrt{v_t / (1 - \beta_2^t) + \mathrm{eps\_root}} + \mathrm{eps}}
+
+    Parameters
+    ----------
+    params : array, sequence, dict or list of groups
+        What is updated in place; see :class:`Optimizer`.
+    lr : float or callable, default 2e-3
+        Learning rate, finite and >= 0, or a schedule: a callable of the 1-based step count `t`.
+    betas : (float, float), default (0.9, 0.999)
+        Decays of the averages, each in [0, 1).
+    eps, eps_root : float, default 1e-8 and 0
+        Added outside and inside the root, >= 0, not both 0.
+    momentum_decay : float, default 0.004
+        >= 0. How fast :math:`\mu_t` rises from about :math:`\beta_1 / 2` to :math:`\beta_1`; ``math.inf``: at once.
+    weight_decay, decoupled_weight_decay, l1, maximize, grads
+        As for every optimizer, see :class:`Optimizer`.
+
+    Warnings
+    --------
+    torch's numbers are the defaults. Keras is ``momentum_decay=1.0, eps=1e-7, lr=1e-3``; Optax has no schedule,
+    ``momentum_decay=math.inf``.
+
+    Notes
+    -----
+    States: ``exp_avg``, ``exp_avg_sq``; the product :math:`M_t` is computed from `t` and the hyper-parameters of the step.
+    28 bytes a step and float32.
+
+    References
+    ----------
+    .. [1] T. Dozat, "Incorporating Nesterov momentum into Adam", ICLR 2016 workshop, algorithm 2; the schedule:
+       section 3.
+
+    Examples
+    --------
+    >>> import numpy as np, onepass
+    >>> p = np.array([1.0, 1.0])
+    >>> opt = onepass.Nadam(p, lr=0.5)
+    >>> opt.step(np.array([0.01, -100.0]))
+    >>> p.round(3)
+    array([0.47, 1.53])
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: LearningRate = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        eps_root: float = 0.0,
+        momentum_decay: float = 0.004,
+        *,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        l1: float = 0.0,
+        maximize: bool = False,
+        grads: Grads = None,
+    ) -> None:
+        super().__init__(
+            params,
+            grads,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "eps_root": eps_root,
+                "momentum_decay": momentum_decay,
+                "weight_decay": weight_decay,
+                "decoupled_weight_decay": decoupled_weight_decay,
+                "l1": l1,
+                "maximize": maximize,
+            },
+        )
+
+    @classmethod
+    def rule(cls, hyper: Mapping[str, Any]) -> str:
+        return "adam"
+
+    @classmethod
+    def recipe(cls, hyper: Mapping[str, Any], lr: float, t: int) -> Coefficients:
+        beta1, beta2 = hyper["betas"]
+        decay = hyper["momentum_decay"]
+        mu, next_mu = _mu(beta1, decay, t), _mu(beta1, decay, t + 1)
+        product = _mu_product(beta1, decay, t)
+        return {
+            "beta1": beta1,
+            "one_minus_beta1": 1.0 - beta1,
+            "beta2": beta2,
+            "one_minus_beta2": 1.0 - beta2,
+            "step_m": lr * next_mu / (1.0 - product * next_mu),
+            "step_g": lr * (1.0 - mu) / (1.0 - product),
+            "inv_bias2": 1.0 / (1.0 - beta2**t),
+            "eps_root": hyper["eps_root"],
+            "eps": hyper["eps"],
+        }
+
+
+def _mu(beta1: float, decay: float, t: int) -> float:
+    return float(beta1 * (1.0 - 0.5 * 0.96 ** (t * decay)))
+
+
+_KEPT = 64  # products: one for each different step count among the parameters, and room for the next
+_lock = threading.Lock()
+
+
+@functools.lru_cache(maxsize=64)
+def _known_products(beta1: float, decay: float) -> dict[int, float]:
+    return {}
+
+
+def _mu_product(beta1: float, decay: float, t: int) -> float:
+    """mu_1 * ... * mu_t, multiplied in this order, from the nearest product that is still known."""
+    with _lock:
+        known = _known_products(beta1, decay)
+        start = max((step for step in known if step <= t), default=0)
+        product = known.get(start, 1.0)
+        for step in range(start + 1, t + 1):
+            product *= _mu(beta1, decay, step)
+            if product == 0.0:
+                break
+        if t not in known and len(known) >= _KEPT:
+            del known[min(known)]
+        known[t] = product
+        return product

@@ -1,0 +1,228 @@
+r"""Learning-rate schedules: plain callables of the 1-based step count `t`, to pass as `lr`.
+
+Each multiplies a learning rate, a number or another schedule, by a factor of `t`; so they compose:
+``linear_warmup(cosine(1e-3, steps=10_000), steps=500)`` warms up into a cosine. They are immutable, compare by value,
+and can be pickled. `t` is the number of gradients that the parameter has received.
+
+Examples
+--------
+>>> from onepass import schedules
+>>> lr = schedules.linear_warmup(schedules.step(0.1, every=100, factor=0.5), steps=10)
+>>> lr(1), lr(10), lr(100), lr(101)
+(0.01, 0.1, 0.1, 0.05)
+>>> import numpy as np, onepass
+>>> opt = onepass.Adam(np.zeros(3), lr=lr)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from onepass.optim.hyper import LearningRate, checked
+
+__all__ = ["Schedule", "cosine", "exponential", "inverse_time", "linear_warmup", "step"]
+
+
+def _finite(value: Any, name: str, need: str, inside: Callable[[float], bool]) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected {need}, got {value!r}")
+    if not (math.isfinite(value) and inside(value)):
+        raise ValueError(f"{name}: expected {need}, got {value!r}")
+
+
+def _count(value: Any, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer >= 1, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A learning rate, a number or a schedule, times a factor of the step count."""
+
+    lr: LearningRate
+
+    def __post_init__(self) -> None:
+        checked({"lr": self.lr})
+
+    def scale_at(self, t: int) -> float:
+        """What the learning rate is multiplied by at step `t`."""
+        raise TypeError("Schedule is the base of the schedules; use one of them")
+
+    def __call__(self, t: int) -> float:
+        """The learning rate at step `t`, 1 for the first."""
+        return (self.lr(t) if callable(self.lr) else self.lr) * self.scale_at(t)
+
+    def __repr__(self) -> str:
+        first, *rest = (f"{field.name}={getattr(self, field.name)!r}" for field in fields(self))
+        return f"{type(self).__name__}({', '.join([first.removeprefix('lr='), *rest])})"
+
+
+@dataclass(frozen=True, repr=False)
+class inverse_time(Schedule):  # noqa: N801 - used like a function
+    r""":math:`\mathrm{lr} / (1 + \mathrm{decay} \cdot t)`: its sum diverges and the sum of its squares does not.
+
+    Parameters
+    ----------
+    lr : float or callable
+        The rate, or another schedule.
+    decay : float
+        >= 0.
+
+    References
+    ----------
+    .. [1] H. Robbins and S. Monro, "A stochastic approximation method", Annals of Mathematical Statistics 22 (1951),
+       400-407: the conditions under which the rates lead to the optimum.
+
+    Examples
+    --------
+    >>> inverse_time(0.1, decay=1.0)(4)
+    0.02
+    """
+
+    decay: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _finite(self.decay, "decay", "a number >= 0", lambda x: x >= 0)
+
+    def scale_at(self, t: int) -> float:
+        return 1.0 / (1.0 + self.decay * t)
+
+
+@dataclass(frozen=True, repr=False)
+class exponential(Schedule):  # noqa: N801
+    r""":math:`\mathrm{lr} \cdot \mathrm{rate}^{(t - 1) / \mathrm{steps}}`: a factor of `rate` every `steps` steps, smoothly.
+
+    Parameters
+    ----------
+    lr : float or callable
+        The rate of the first step, or another schedule.
+    rate : float
+        In (0, 1].
+    steps : int, default 1
+        >= 1.
+
+    Examples
+    --------
+    >>> [exponential(0.8, rate=0.5)(t) for t in (1, 2, 3)]
+    [0.8, 0.4, 0.2]
+    """
+
+    rate: float
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _finite(self.rate, "rate", "a number in (0, 1]", lambda x: 0 < x <= 1)
+        _count(self.steps, "steps")
+
+    def scale_at(self, t: int) -> float:
+        return float(self.rate ** ((t - 1) / self.steps))
+
+
+@dataclass(frozen=True, repr=False)
+class step(Schedule):  # noqa: N801
+    r""":math:`\mathrm{lr} \cdot \mathrm{factor}^{\lfloor (t - 1) / \mathrm{every} \rfloor}`: stairs.
+
+    Parameters
+    ----------
+    lr : float or callable
+        The rate of the first `every` steps, or another schedule.
+    every : int
+        The length of a stair in steps, >= 1.
+    factor : float, default 0.1
+        The height of the next stair relative to the last one, in (0, 1].
+
+    Examples
+    --------
+    >>> [step(0.4, every=2, factor=0.5)(t) for t in (1, 2, 3, 4, 5)]
+    [0.4, 0.4, 0.2, 0.2, 0.1]
+    """
+
+    every: int
+    factor: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _count(self.every, "every")
+        _finite(self.factor, "factor", "a number in (0, 1]", lambda x: 0 < x <= 1)
+
+    def scale_at(self, t: int) -> float:
+        return float(self.factor ** ((t - 1) // self.every))
+
+
+@dataclass(frozen=True, repr=False)
+class cosine(Schedule):  # noqa: N801
+    r"""Half a cosine from `lr` at the first step to ``final * lr`` at step ``steps + 1``, and that from then on.
+
+    :math:`\mathrm{lr} \cdot \left(\mathrm{final} + (1 - \mathrm{final})\, \tfrac12 (1 + \cos(\pi x))\right)` with
+    :math:`x = \min(1, (t - 1) / \mathrm{steps})`.
+
+    Parameters
+    ----------
+    lr : float or callable
+        The rate of the first step, or another schedule.
+    steps : int
+        Length of the descent, >= 1.
+    final : float, default 0
+        Where it ends, as a fraction of `lr`, in [0, 1].
+
+    References
+    ----------
+    .. [1] I. Loshchilov and F. Hutter, "SGDR: stochastic gradient descent with warm restarts", ICLR 2017, eq. 5,
+       without restarts.
+
+    Examples
+    --------
+    >>> [round(cosine(0.1, steps=10)(t), 6) for t in (1, 6, 11, 12)]
+    [0.1, 0.05, 0.0, 0.0]
+    """
+
+    steps: int
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _count(self.steps, "steps")
+        _finite(self.final, "final", "a number in [0, 1]", lambda x: 0 <= x <= 1)
+
+    def scale_at(self, t: int) -> float:
+        x = min(1.0, (t - 1) / self.steps)
+        return self.final + (1.0 - self.final) * 0.5 * (1.0 + math.cos(math.pi * x))
+
+
+@dataclass(frozen=True, repr=False)
+class linear_warmup(Schedule):  # noqa: N801
+    r""":math:`\mathrm{lr} \cdot \min(1, t / \mathrm{steps})`: a straight rise to `lr` at step `steps`.
+
+    Parameters
+    ----------
+    lr : float or callable
+        The rate after the rise, or the schedule that goes on from there (it sees the same `t`).
+    steps : int
+        Length of the rise, >= 1.
+
+    References
+    ----------
+    .. [1] P. Goyal et al., "Accurate, large minibatch SGD: training ImageNet in 1 hour", arXiv:1706.02677 (2017),
+       section 2.2, gradual warmup.
+
+    Examples
+    --------
+    >>> [linear_warmup(0.4, steps=4)(t) for t in (1, 2, 4, 5)]
+    [0.1, 0.2, 0.4, 0.4]
+    """
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _count(self.steps, "steps")
+
+    def scale_at(self, t: int) -> float:
+        return min(1.0, t / self.steps)
