@@ -13,7 +13,8 @@ using Kind = ArgumentError::Kind;
 
 std::string supported_dtypes() {
   std::string names;
-  for (const DTypeInfo& dtype : DTypeTable<DTypes>::rows) names += (names.empty() ? "" : ", ") + std::string(dtype.name);
+  for (const DTypeInfo& dtype : DTypeTable<DTypes>::rows)
+    names += (names.empty() ? "" : ", ") + std::string(dtype.name);
   return names;
 }
 
@@ -46,7 +47,8 @@ ArrayView view_numpy(py::handle object) {
   constexpr char foreign = std::endian::native == std::endian::little ? '>' : '<';
   if (descr->byteorder == foreign) {
     throw ArgumentError(Kind::type, "dtype " + std::string(py::str(py::handle(array->descr).attr("str"))) +
-                                        " has foreign byte order; convert it with .astype(" + info(view.dtype).name + ")");
+                                        " has foreign byte order; convert it with .astype(" + info(view.dtype).name +
+                                        ")");
   }
   static_assert(sizeof(py::ssize_t) == sizeof(std::ptrdiff_t));
   const auto ndim = static_cast<std::size_t>(array->nd);
@@ -57,34 +59,45 @@ ArrayView view_numpy(py::handle object) {
   return view;
 }
 
-std::string python_error(py::error_already_set& error) { return py::str(error.value()); }
+std::string python_error(const py::error_already_set& error) { return py::str(error.value()); }
 
 // The capsule of `object.__dlpack__()`, versioned where the producer knows versions.
 py::object export_dlpack(py::handle object) {
   const py::object method = object.attr("__dlpack__");
   try {
     return method(py::arg("max_version") = py::make_tuple(1, 0));
-  } catch (py::error_already_set& error) {
+  } catch (const py::error_already_set& error) {
     if (!error.matches(PyExc_TypeError)) throw;
   }
   return method();
 }
 
+std::int32_t device_type(py::handle object) {
+  try {
+    return object.attr("__dlpack_device__")().cast<py::tuple>()[0].cast<std::int32_t>();
+  } catch (const py::error_already_set& error) {
+    throw ArgumentError(Kind::type, type_name(object) + ".__dlpack_device__() failed: " + python_error(error));
+  } catch (const py::cast_error&) {
+    throw ArgumentError(Kind::type, type_name(object) + ".__dlpack_device__() gave no (device type, device id)");
+  }
+}
+
 ArrayView view_dlpack(py::handle object, Keeper& keeper) {
   if (py::hasattr(object, "__dlpack_device__")) {
     // Asked first: an export from a device would synchronize it.
-    const auto device = object.attr("__dlpack_device__")().cast<py::tuple>()[0].cast<std::int32_t>();
+    const std::int32_t device = device_type(object);
     if (device != dlpack::kCpu && device != dlpack::kCudaHost) {
       throw ArgumentError(
-          Kind::type, device == dlpack::kCuda || device == dlpack::kCudaManaged
-                          ? "is on a CUDA device, and this build of onepass has no CUDA kernels; pass host arrays"
-                          : "is on a device (DLPack type " + std::to_string(device) + ") that onepass does not support");
+          Kind::type,
+          device == dlpack::kCuda || device == dlpack::kCudaManaged
+              ? "is on a CUDA device, and this build of onepass has no CUDA kernels; pass host arrays"
+              : "is on a device (DLPack type " + std::to_string(device) + ") that onepass does not support");
     }
   }
   py::object capsule;
   try {
     capsule = export_dlpack(object);
-  } catch (py::error_already_set& error) {
+  } catch (const py::error_already_set& error) {
     throw ArgumentError(Kind::type, type_name(object) + ".__dlpack__() failed: " + python_error(error));
   }
   const dlpack::Tensor* tensor = nullptr;
@@ -112,9 +125,9 @@ ArrayView view_dlpack(py::handle object, Keeper& keeper) {
   } else if (type.code == dlpack::kFloat && type.lanes == 1 && type.bits == 64) {
     view.dtype = DType::float64;
   } else {
-    unsupported_dtype(py::hasattr(object, "dtype") ? std::string(py::str(object.attr("dtype")))
-                                                   : "(DLPack code " + std::to_string(type.code) + ", " +
-                                                         std::to_string(type.bits) + " bits)");
+    unsupported_dtype(py::hasattr(object, "dtype")
+                          ? std::string(py::str(object.attr("dtype")))
+                          : "(DLPack code " + std::to_string(type.code) + ", " + std::to_string(type.bits) + " bits)");
   }
   const auto ndim = static_cast<std::size_t>(tensor->ndim);
   std::vector<std::ptrdiff_t>& numbers = keeper.numbers();
@@ -175,8 +188,9 @@ ArrayView view_array(py::handle object, Keeper& keeper) {
   } else if (!PyType_Check(object.ptr()) && py::hasattr(object, "__dlpack__")) {
     view = view_dlpack(object, keeper);
   } else {
-    throw ArgumentError(Kind::type,
-                        "expected a NumPy array or an object with __dlpack__, got " + type_name(object));
+    const bool scalar = py::isinstance(object, py::module_::import("numpy").attr("generic"));
+    throw ArgumentError(Kind::type, "expected a NumPy array or an object with __dlpack__, got " + type_name(object) +
+                                        (scalar ? ", a NumPy scalar, which cannot be updated in place" : ""));
   }
   view.count = 1;
   for (const std::ptrdiff_t length : view.shape) view.count *= static_cast<std::size_t>(length);
@@ -186,9 +200,10 @@ ArrayView view_array(py::handle object, Keeper& keeper) {
 void require_updatable(const ArrayView& view) {
   if (!view.writable) throw ArgumentError(Kind::value, "is read-only and cannot be updated in place");
   if (!is_dense(view.shape, view.strides, view.itemsize())) {
-    throw ArgumentError(Kind::value, "strides " + shape_text(view.strides) + " of shape " + shape_text(view.shape) +
-                                         " leave gaps, repeat or run backwards; arrays that are updated must be dense in "
-                                         "memory (C, Fortran or permuted order)");
+    throw ArgumentError(Kind::value,
+                        "strides " + shape_text(view.strides) + " of shape " + shape_text(view.shape) +
+                            " leave gaps, repeat or run backwards; arrays that are updated must be dense in "
+                            "memory (C, Fortran or permuted order)");
   }
 }
 

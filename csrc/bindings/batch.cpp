@@ -48,8 +48,8 @@ void require_finite(const Kernel& kernel, Setting& setting, DType dtype) {
 
 void require_match(const ArrayView& view, const ArrayView& param) {
   if (!std::ranges::equal(view.shape, param.shape)) {
-    throw ArgumentError(Kind::value,
-                        "shape " + shape_text(view.shape) + " does not match its parameter's " + shape_text(param.shape));
+    throw ArgumentError(
+        Kind::value, "shape " + shape_text(view.shape) + " does not match its parameter's " + shape_text(param.shape));
   }
   if (view.dtype != param.dtype) {
     throw ArgumentError(Kind::type, std::string("dtype ") + info(view.dtype).name + " does not match its parameter's " +
@@ -57,7 +57,8 @@ void require_match(const ArrayView& view, const ArrayView& param) {
   }
 }
 
-// The smallest step for which the interpreter lock is released: below it, giving the lock back costs more than the work.
+// The smallest step for which the interpreter lock is released: below it, giving the lock back costs more than the
+// work.
 constexpr std::size_t kReleaseBytes = std::size_t{1} << 15;
 
 }  // namespace
@@ -135,12 +136,14 @@ void Batch::compare_gradient(const Interval& grad, const Naming& naming, bool& j
       overlap = false;
       const std::size_t itemsize = info(tensor.dtype).itemsize;
       const auto base = reinterpret_cast<std::uintptr_t>(tensor.streams.grad);
-      for_each_run(tensor.walk->axes[0], 0, tensor.count, [&](std::ptrdiff_t offset, std::size_t run, std::ptrdiff_t stride) {
-        for (std::size_t k = 0; k < run; ++k) {
-          const std::uintptr_t at = base + static_cast<std::uintptr_t>(offset + static_cast<std::ptrdiff_t>(k) * stride);
-          overlap = overlap || candidate->range.meets({at, at + itemsize});
-        }
-      });
+      for_each_run(tensor.walk->axes[0], 0, tensor.count,
+                   [&](std::ptrdiff_t offset, std::size_t run, std::ptrdiff_t stride) {
+                     for (std::size_t k = 0; k < run; ++k) {
+                       const std::uintptr_t at =
+                           base + static_cast<std::uintptr_t>(offset + static_cast<std::ptrdiff_t>(k) * stride);
+                       overlap = overlap || candidate->range.meets({at, at + itemsize});
+                     }
+                   });
     }
     if (overlap) {
       throw py::value_error(name(grad, naming) + ": overlaps " + name(*candidate, naming) +

@@ -19,6 +19,9 @@ class Naming {
   virtual std::string name(std::size_t index, std::size_t stream) const = 0;
 
  protected:
+  Naming() = default;
+  Naming(const Naming&) = default;
+  Naming& operator=(const Naming&) = default;
   ~Naming() = default;
 };
 

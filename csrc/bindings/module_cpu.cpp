@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bindings/batch.h"
+#include "core/partition.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
 
@@ -41,7 +42,7 @@ py::list registry() {
 double number(py::handle value, const char* what) {
   const double result = PyFloat_AsDouble(value.ptr());
   if (result == -1.0 && PyErr_Occurred() != nullptr) {
-    py::error_already_set error;
+    const py::error_already_set error;
     throw py::type_error(std::string(what) + ": expected a number, got " + std::string(py::repr(value)));
   }
   return result;
@@ -72,7 +73,7 @@ Setting read_setting(const BoundKernel& bound, py::handle coefficients, py::hand
     }
     setting.coefficients[k] = number(value, kernel.coefficients.data[k]);
   }
-  if (static_cast<std::size_t>(PyDict_Size(coefficients.ptr())) != kernel.coefficients.count) {
+  if (!std::cmp_equal(PyDict_Size(coefficients.ptr()), kernel.coefficients.count)) {
     throw py::key_error(std::string(kernel.rule) + " takes the coefficients " +
                         std::string(py::str(py::cast(text(kernel.coefficients)))) + " and no other");
   }
@@ -100,16 +101,18 @@ class Turn {
 // What an optimizer steps: its parameters, their states and step counts. Pointers are not kept, array objects are.
 class Updater final : public Naming {
  public:
-  // `groups`: for each group its rule's name; `recipes`: for each group a callable of t that gives (coefficients, scale,
-  // l1, l2, decay) for the t-th step of a parameter of that group; `group_of`: for each parameter its group; `slots`: for each parameter a
-  // tuple of state arrays in the rule's order; `labels`: for each parameter what follows "params" in messages.
+  // `groups`: for each group its rule's name; `recipes`: for each group a callable of t that gives (coefficients,
+  // scale, l1, l2, decay) for the t-th step of a parameter of that group; `group_of`: for each parameter its group;
+  // `slots`: for each parameter a tuple of state arrays in the rule's order; `labels`: for each parameter what follows
+  // "params" in messages.
   Updater(std::vector<std::string> groups, std::vector<py::object> recipes, std::vector<std::size_t> group_of,
           const py::list& params, const std::vector<py::tuple>& slots, std::vector<std::string> labels)
       : rules_(std::move(groups)),
         recipes_(std::move(recipes)),
         group_of_(std::move(group_of)),
         labels_(std::move(labels)) {
-    if (recipes_.size() != rules_.size() || group_of_.size() != params.size() || slots.size() != params.size() || labels_.size() != params.size()) {
+    if (recipes_.size() != rules_.size() || group_of_.size() != params.size() || slots.size() != params.size() ||
+        labels_.size() != params.size()) {
       throw py::value_error("params, slots, labels and group_of, or groups and recipes, differ in length");
     }
     for (std::size_t i = 0; i < params.size(); ++i) {
@@ -137,7 +140,8 @@ class Updater final : public Naming {
     Batch batch;
     take_gradients(grads);
     for (std::size_t i = 0; i < params_.size(); ++i) {
-      batch.add(kernel_named(rules_[group_of_[i]]), params_[i], grads_.empty() ? py::handle() : grads_[i],
+      const bool has_grad = !grads_.empty() && !grads_[i].is_none();
+      batch.add(kernel_named(rules_[group_of_[i]]), params_[i], has_grad ? py::handle(grads_[i]) : py::handle(),
                 slots_.data() + first_slot_[i], nullptr, i, *this);
     }
     batch.require_disjoint(*this);
@@ -158,8 +162,8 @@ class Updater final : public Naming {
     }
     std::size_t k = 0;
     for (const std::size_t i : stepped_) {
-      batch_.add(*kernels_[group_of_[i]].kernel, params_[i], grads_[i], slots_.data() + first_slot_[i], settings_of_[k++], i,
-                 *this);
+      batch_.add(*kernels_[group_of_[i]].kernel, params_[i], grads_[i], slots_.data() + first_slot_[i],
+                 settings_of_[k++], i, *this);
     }
     batch_.require_disjoint(*this);
     isa_ = batch_.run();
@@ -210,8 +214,8 @@ class Updater final : public Naming {
                             " parameters");
     }
     for (std::size_t i = 0; i < count; ++i) {
-      grads_.push_back(py::reinterpret_borrow<py::object>(
-          PySequence_Fast_GET_ITEM(sequence.ptr(), static_cast<py::ssize_t>(i))));
+      grads_.push_back(
+          py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(sequence.ptr(), static_cast<py::ssize_t>(i))));
     }
   }
 
@@ -266,21 +270,23 @@ class Updater final : public Naming {
   std::map<std::pair<std::size_t, std::int64_t>, Cohort*> cohort_index_;
 };
 
-// One step over arrays that the caller owns. `names`: what params, grads and each slot's list are called.
+// One step over arrays that the caller owns. `names`: what params, grads and each slot's list are called; `single`:
+// they are arrays, not lists.
 class OwnedArrays final : public Naming {
  public:
-  explicit OwnedArrays(const std::vector<std::string>& names) : names_(names) {}
+  OwnedArrays(const std::vector<std::string>& names, bool single) : names_(names), single_(single) {}
   std::string name(std::size_t index, std::size_t stream) const override {
-    return names_[stream] + "[" + std::to_string(index) + "]";
+    return single_ ? names_[stream] : names_[stream] + "[" + std::to_string(index) + "]";
   }
 
  private:
   const std::vector<std::string>& names_;
+  bool single_;
 };
 
 void update_owned(const std::string& rule, const std::vector<py::object>& params, const std::vector<py::object>& grads,
                   const std::vector<std::vector<py::object>>& slots, const py::dict& coefficients, double scale,
-                  double l1, double l2, double decay, const std::vector<std::string>& names) {
+                  double l1, double l2, double decay, const std::vector<std::string>& names, bool single) {
   const Kernel& kernel = kernel_named(rule);
   if (slots.size() != kernel.slots.count || names.size() != kFirstSlot + slots.size()) {
     throw py::value_error("rule " + rule + " has " + std::to_string(kernel.slots.count) + " slots");
@@ -294,7 +300,7 @@ void update_owned(const std::string& rule, const std::vector<py::object>& params
   require_length(grads, names[kGrad]);
   for (std::size_t k = 0; k < slots.size(); ++k) require_length(slots[k], names[kFirstSlot + k]);
 
-  const OwnedArrays naming(names);
+  const OwnedArrays naming(names, single);
   Setting setting = read_setting(BoundKernel(kernel), coefficients, py::float_(scale), py::float_(l1), py::float_(l2),
                                  py::float_(decay));
   Batch batch;
@@ -316,14 +322,33 @@ py::object as_ndarray(const py::object& param, const std::string& name) {
     const ArrayView view = view_array(param, keeper);
     require_updatable(view);
     if (py::isinstance<py::array>(param)) return param;
-    std::vector<py::ssize_t> shape(view.shape.begin(), view.shape.end());
-    std::vector<py::ssize_t> strides(view.strides.begin(), view.strides.end());
-    auto* const held = new Keeper(std::move(keeper));  // NOLINT(cppcoreguidelines-owning-memory): the capsule owns it
-    const py::capsule owner(held, [](void* pointer) { delete static_cast<Keeper*>(pointer); });
+    const std::vector<py::ssize_t> shape(view.shape.begin(), view.shape.end());
+    const std::vector<py::ssize_t> strides(view.strides.begin(), view.strides.end());
+    const auto* const held =
+        new Keeper(std::move(keeper));  // NOLINT(cppcoreguidelines-owning-memory): the capsule owns it
+    const py::capsule owner(held, [](void* pointer) { delete static_cast<const Keeper*>(pointer); });
     return py::array(py::dtype(info(view.dtype).name), shape, strides, view.data, owner);
   } catch (const ArgumentError& error) {
     error.raise(name);
   }
+}
+
+// A state array filled with `value`, like `param` in shape, dtype and memory order, and like it in its place relative
+// to cache lines, so that a kernel that is aligned in one is aligned in both.
+py::object state_like(const py::array& param, double value) {
+  Keeper keeper;
+  const ArrayView view = view_array(param, keeper);
+  const py::object numpy = py::module_::import("numpy");
+  const auto nbytes = static_cast<py::ssize_t>(view.count * view.itemsize());
+  // NumPy's own allocation: zeros that cost nothing until they are touched, and huge pages.
+  const auto memory = numpy.attr("zeros")(nbytes + static_cast<py::ssize_t>(2 * kCacheLine), "u1").cast<py::array>();
+  auto* const start = static_cast<std::byte*>(const_cast<void*>(memory.data()));  // NOLINT(*-const-cast)
+  const auto shift = reinterpret_cast<std::uintptr_t>(view.data) - reinterpret_cast<std::uintptr_t>(start);
+  const std::vector<py::ssize_t> shape(view.shape.begin(), view.shape.end());
+  const std::vector<py::ssize_t> strides(view.strides.begin(), view.strides.end());
+  py::array state(py::dtype(info(view.dtype).name), shape, strides, start + shift % kCacheLine, memory);
+  if (value != 0.0) state.attr("fill")(value);
+  return state;
 }
 
 }  // namespace
@@ -335,17 +360,20 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
   m.attr("__version__") = ONEPASS_VERSION;
 
   py::class_<Updater>(m, "Updater")
-      .def(py::init<std::vector<std::string>, std::vector<py::object>, std::vector<std::size_t>, const py::list&, const std::vector<py::tuple>&,
-                    std::vector<std::string>>(),
-           py::arg("groups"), py::arg("recipes"), py::arg("group_of"), py::arg("params"), py::arg("slots"), py::arg("labels"))
+      .def(py::init<std::vector<std::string>, std::vector<py::object>, std::vector<std::size_t>, const py::list&,
+                    const std::vector<py::tuple>&, std::vector<std::string>>(),
+           py::arg("groups"), py::arg("recipes"), py::arg("group_of"), py::arg("params"), py::arg("slots"),
+           py::arg("labels"))
       .def("check", &Updater::check, py::arg("grads").none(true))
       .def("step", &Updater::step, py::arg("grads"))
       .def_property("counts", &Updater::counts, &Updater::set_counts)
       .def_property_readonly("last_isa", &Updater::last_isa);
 
   m.def("update", &update_owned, py::arg("rule"), py::arg("params"), py::arg("grads"), py::arg("slots"),
-        py::arg("coefficients"), py::arg("scale"), py::arg("l1"), py::arg("l2"), py::arg("decay"), py::arg("names"));
+        py::arg("coefficients"), py::arg("scale"), py::arg("l1"), py::arg("l2"), py::arg("decay"), py::arg("names"),
+        py::arg("single") = false);
   m.def("as_ndarray", &as_ndarray, py::arg("param"), py::arg("name"));
+  m.def("state_like", &state_like, py::arg("param"), py::arg("value"));
   m.def("registry", &registry);
   m.def("dtypes", [] {
     std::vector<std::string> names;
@@ -359,8 +387,7 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
     for (const Isa isa : available_isas()) names.emplace_back(isa_name(isa));
     return names;
   });
-  m.def(
-      "set_isa", [](const std::string& name) { set_isa(name); }, py::arg("name"));
+  m.def("set_isa", [](const std::string& name) { set_isa(name); }, py::arg("name"));
   m.def("get_num_threads", &thread_count);
   m.def("set_num_threads", &set_thread_count, py::arg("count"));
 }

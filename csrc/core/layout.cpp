@@ -61,7 +61,7 @@ bool is_dense(std::span<const std::ptrdiff_t> shape, std::span<const std::ptrdif
   }
   if (c_order) return true;
   const std::ptrdiff_t total = expected;
-  std::ptrdiff_t reached = static_cast<std::ptrdiff_t>(itemsize);
+  auto reached = static_cast<std::ptrdiff_t>(itemsize);
   while (reached < total) {
     const std::ptrdiff_t before = reached;
     for (std::size_t a = 0; a < shape.size(); ++a) {

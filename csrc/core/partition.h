@@ -15,8 +15,8 @@ inline constexpr std::size_t kCacheLine = 64;
 struct Extent {
   std::uintptr_t address;  // of the parameter: the array at whose cache lines a tensor may be cut
   std::size_t itemsize;
-  std::size_t count;       // elements
-  std::size_t end;         // bytes of traffic of this tensor and all before it: the last one's is the total
+  std::size_t count;  // elements
+  std::size_t end;    // bytes of traffic of this tensor and all before it: the last one's is the total
 };
 
 // The position of byte `target` of the total traffic: a tensor and an element of it, on a cache line of the parameter,

@@ -30,8 +30,8 @@ struct Cpuid {
 unsigned saved_state() {
   constexpr unsigned osxsave = 1U << 27;
   if ((Cpuid(1).ecx & osxsave) == 0) return 0;
-  unsigned low = 0;
-  unsigned high = 0;
+  unsigned low = 0;   // NOLINT(misc-const-correctness): the instruction writes it
+  unsigned high = 0;  // NOLINT(misc-const-correctness)
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return low;
 }

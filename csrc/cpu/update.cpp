@@ -54,7 +54,8 @@ Isa update_gathered(const Tensor& tensor, std::size_t first, std::size_t count) 
         streams.slots[k] = advance(tensor.streams.slots[k], offset);
       }
     }
-    isa = tensor.kernel->update[static_cast<std::size_t>(tensor.dtype)](streams, n, tensor.coefficients, *tensor.around);
+    isa =
+        tensor.kernel->update[static_cast<std::size_t>(tensor.dtype)](streams, n, tensor.coefficients, *tensor.around);
     for (std::size_t k = 0; k < slots; ++k) {
       if (!walk.gather[1 + k]) continue;
       scatter(walk.axes[1 + k], tensor.streams.slots[k], itemsize, begin, n, buffers[1 + k]);
@@ -98,8 +99,8 @@ Isa update(std::span<const Tensor> tensors, std::size_t threads) {
   std::size_t end = 0;
   for (const Tensor& tensor : tensors) {
     end += traffic(tensor);
-    extents.push_back({reinterpret_cast<std::uintptr_t>(tensor.streams.param), info(tensor.dtype).itemsize,
-                       tensor.count, end});
+    extents.push_back(
+        {reinterpret_cast<std::uintptr_t>(tensor.streams.param), info(tensor.dtype).itemsize, tensor.count, end});
   }
   Parts parts{tensors, extents, threads * kPartsPerThread, active_kernels().isa};
   parallel_for(

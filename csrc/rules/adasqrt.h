@@ -1,4 +1,4 @@
-// AdaSqrt (Hu, Lin and Liu, 2019, algorithm 1): the accumulated squares divide the step, without a root; the learning
+// AdaSqrt (Hu, Lin and Tang, 2019, algorithm 1): the accumulated squares divide the step, without a root; the learning
 // rate grows with the root of the step count.
 #pragma once
 

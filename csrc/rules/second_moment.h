@@ -23,12 +23,13 @@ struct SecondMomentMomentumCoefs {
 
 template <bool centered, bool momentum>
 struct SecondMoment {
-  static constexpr const char* name = centered ? (momentum ? "second_moment_centered_momentum" : "second_moment_centered")
-                                               : (momentum ? "second_moment_momentum" : "second_moment");
-  static constexpr Names slots = names({"square_avg", centered ? "grad_avg" : nullptr, momentum ? "velocity" : nullptr});
-  static constexpr Names coefficients =
-      momentum ? names({"rho", "weight", "mu", "step_b", "step", "eps_root", "eps"})
-               : names({"rho", "weight", "step", "eps_root", "eps"});
+  static constexpr const char* name = centered
+                                          ? (momentum ? "second_moment_centered_momentum" : "second_moment_centered")
+                                          : (momentum ? "second_moment_momentum" : "second_moment");
+  static constexpr Names slots =
+      names({"square_avg", centered ? "grad_avg" : nullptr, momentum ? "velocity" : nullptr});
+  static constexpr Names coefficients = momentum ? names({"rho", "weight", "mu", "step_b", "step", "eps_root", "eps"})
+                                                 : names({"rho", "weight", "step", "eps_root", "eps"});
   template <class S>
   using Coefs = std::conditional_t<momentum, SecondMomentMomentumCoefs<S>, SecondMomentCoefs<S>>;
 

@@ -8,6 +8,7 @@
 #include <immintrin.h>
 
 #include <cstddef>
+#include <limits>
 #include <type_traits>
 
 #include "core/dtype.h"
@@ -45,6 +46,11 @@ struct Float32x8 {
   HD friend Float32x8 operator/(Float32x8 a, Float32x8 b) { return Float32x8(_mm256_div_ps(a.value, b.value)); }
   HD friend Float32x8 max(Float32x8 a, Float32x8 b) { return Float32x8(_mm256_max_ps(a.value, b.value)); }
   HD friend Float32x8 sqrt(Float32x8 a) { return Float32x8(_mm256_sqrt_ps(a.value)); }
+  HD friend Float32x8 flush(Float32x8 a) {
+    const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0F), a.value);
+    const __m256 subnormal = _mm256_cmp_ps(magnitude, _mm256_set1_ps(std::numeric_limits<float>::min()), _CMP_LT_OQ);
+    return Float32x8(_mm256_andnot_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0F), subnormal), a.value));
+  }
   HD friend Float32x8 sign(Float32x8 a) {
     const __m256 zero = _mm256_setzero_ps();
     const __m256 up = _mm256_and_ps(_mm256_cmp_ps(a.value, zero, _CMP_GT_OQ), _mm256_set1_ps(1.0F));
@@ -80,6 +86,11 @@ struct Float64x4 {
   HD friend Float64x4 operator/(Float64x4 a, Float64x4 b) { return Float64x4(_mm256_div_pd(a.value, b.value)); }
   HD friend Float64x4 max(Float64x4 a, Float64x4 b) { return Float64x4(_mm256_max_pd(a.value, b.value)); }
   HD friend Float64x4 sqrt(Float64x4 a) { return Float64x4(_mm256_sqrt_pd(a.value)); }
+  HD friend Float64x4 flush(Float64x4 a) {
+    const __m256d magnitude = _mm256_andnot_pd(_mm256_set1_pd(-0.0), a.value);
+    const __m256d subnormal = _mm256_cmp_pd(magnitude, _mm256_set1_pd(std::numeric_limits<double>::min()), _CMP_LT_OQ);
+    return Float64x4(_mm256_andnot_pd(_mm256_andnot_pd(_mm256_set1_pd(-0.0), subnormal), a.value));
+  }
   HD friend Float64x4 sign(Float64x4 a) {
     const __m256d zero = _mm256_setzero_pd();
     const __m256d up = _mm256_and_pd(_mm256_cmp_pd(a.value, zero, _CMP_GT_OQ), _mm256_set1_pd(1.0));

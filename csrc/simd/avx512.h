@@ -8,6 +8,7 @@
 #include <immintrin.h>
 
 #include <cstddef>
+#include <limits>
 #include <type_traits>
 
 #include "core/dtype.h"
@@ -45,11 +46,15 @@ struct Float32x16 {
   HD friend Float32x16 operator/(Float32x16 a, Float32x16 b) { return Float32x16(_mm512_div_ps(a.value, b.value)); }
   HD friend Float32x16 max(Float32x16 a, Float32x16 b) { return Float32x16(_mm512_max_ps(a.value, b.value)); }
   HD friend Float32x16 sqrt(Float32x16 a) { return Float32x16(_mm512_sqrt_ps(a.value)); }
+  HD friend Float32x16 flush(Float32x16 a) {
+    const auto subnormal =
+        _mm512_cmp_ps_mask(_mm512_abs_ps(a.value), _mm512_set1_ps(std::numeric_limits<float>::min()), _CMP_LT_OQ);
+    return Float32x16(_mm512_mask_and_ps(a.value, subnormal, a.value, _mm512_set1_ps(-0.0F)));
+  }
   HD friend Float32x16 sign(Float32x16 a) {
     const __m512 zero = _mm512_setzero_ps();
     const __m512 up = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.value, zero, _CMP_GT_OQ), _mm512_set1_ps(1.0F));
-    const __m512 up_down =
-        _mm512_mask_mov_ps(up, _mm512_cmp_ps_mask(a.value, zero, _CMP_LT_OQ), _mm512_set1_ps(-1.0F));
+    const __m512 up_down = _mm512_mask_mov_ps(up, _mm512_cmp_ps_mask(a.value, zero, _CMP_LT_OQ), _mm512_set1_ps(-1.0F));
     return Float32x16(_mm512_mask_mov_ps(up_down, _mm512_cmp_ps_mask(a.value, a.value, _CMP_UNORD_Q), a.value));
   }
 };
@@ -80,11 +85,15 @@ struct Float64x8 {
   HD friend Float64x8 operator/(Float64x8 a, Float64x8 b) { return Float64x8(_mm512_div_pd(a.value, b.value)); }
   HD friend Float64x8 max(Float64x8 a, Float64x8 b) { return Float64x8(_mm512_max_pd(a.value, b.value)); }
   HD friend Float64x8 sqrt(Float64x8 a) { return Float64x8(_mm512_sqrt_pd(a.value)); }
+  HD friend Float64x8 flush(Float64x8 a) {
+    const auto subnormal =
+        _mm512_cmp_pd_mask(_mm512_abs_pd(a.value), _mm512_set1_pd(std::numeric_limits<double>::min()), _CMP_LT_OQ);
+    return Float64x8(_mm512_mask_and_pd(a.value, subnormal, a.value, _mm512_set1_pd(-0.0)));
+  }
   HD friend Float64x8 sign(Float64x8 a) {
     const __m512d zero = _mm512_setzero_pd();
     const __m512d up = _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a.value, zero, _CMP_GT_OQ), _mm512_set1_pd(1.0));
-    const __m512d up_down =
-        _mm512_mask_mov_pd(up, _mm512_cmp_pd_mask(a.value, zero, _CMP_LT_OQ), _mm512_set1_pd(-1.0));
+    const __m512d up_down = _mm512_mask_mov_pd(up, _mm512_cmp_pd_mask(a.value, zero, _CMP_LT_OQ), _mm512_set1_pd(-1.0));
     return Float64x8(_mm512_mask_mov_pd(up_down, _mm512_cmp_pd_mask(a.value, a.value, _CMP_UNORD_Q), a.value));
   }
 };

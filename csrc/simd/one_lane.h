@@ -1,9 +1,8 @@
 // The value type with one lane: plain C++, on every machine. It is also the tail of every other one.
 #pragma once
 
-#include <cmath>
 #include <cstddef>
-#include <cstring>
+#include <limits>
 
 #include "core/target.h"
 
@@ -14,7 +13,7 @@ template <class S>
 struct OneLane {
   using Scalar = S;
   static constexpr std::size_t lanes = 1;
-  S value;
+  S value = 0;
 
   OneLane() = default;
   HD explicit OneLane(S x) : value(x) {}
@@ -38,6 +37,12 @@ struct OneLane {
   HD friend OneLane operator/(OneLane a, OneLane b) { return OneLane(a.value / b.value); }
   HD friend OneLane max(OneLane a, OneLane b) { return a.value > b.value ? a : b; }
   HD friend OneLane sqrt(OneLane a) { return OneLane(root(a.value)); }
+  // A subnormal as a zero of its sign. Arithmetic does this by itself, in the mode in which kernels run.
+  HD friend OneLane flush(OneLane a) {
+    return magnitude(a.value) < std::numeric_limits<S>::min()
+               ? OneLane(static_cast<S>(__builtin_copysign(S(0), a.value)))
+               : a;
+  }
   HD friend OneLane sign(OneLane a) {  // 1, -1, or +0 for a zero of either sign; NaN stays NaN
     if (a.value > S(0)) return OneLane(S(1));
     if (a.value < S(0)) return OneLane(S(-1));
@@ -45,6 +50,8 @@ struct OneLane {
   }
 
  private:
+  HD static float magnitude(float x) { return __builtin_fabsf(x); }
+  HD static double magnitude(double x) { return __builtin_fabs(x); }
   HD static float root(float x) { return __builtin_sqrtf(x); }
   HD static double root(double x) { return __builtin_sqrt(x); }
 };

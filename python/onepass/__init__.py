@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os as _os
-
 from onepass import _cpu, functional, schedules
 from onepass.isa import available_isas, isa, set_isa
+from onepass.isa import read_environment as _read_isa
 from onepass.optim import (
     NAG,
     SGD,
@@ -21,6 +20,7 @@ from onepass.optim import (
     RMSprop,
 )
 from onepass.threads import get_num_threads, set_num_threads
+from onepass.threads import read_environment as _read_threads
 
 __version__ = _cpu.__version__
 
@@ -47,20 +47,5 @@ __all__ = [
     "set_num_threads",
 ]
 
-
-def _read_environment() -> None:
-    name = _os.environ.get("ONEPASS_ISA")
-    if name is not None:
-        try:
-            _cpu.set_isa(name)
-        except ValueError as error:
-            raise ImportError(f"ONEPASS_ISA: {error}") from None
-    count = _os.environ.get("ONEPASS_NUM_THREADS")
-    if count is not None:
-        try:
-            set_num_threads(int(count))
-        except ValueError:
-            raise ImportError(f"ONEPASS_NUM_THREADS: expected an integer from 1 to 1024, got {count!r}") from None
-
-
-_read_environment()
+_read_isa()
+_read_threads()

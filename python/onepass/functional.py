@@ -1,7 +1,7 @@
 """The update rules as functions over arrays that the caller owns, for backends that keep their own state.
 
-Each function updates `params` and the states in place, in one pass over memory, by the kernels and with the checks of the
-optimizer class of the same name; the class's docstring has the formula and the ranges of the hyper-parameters.
+Each function updates `params` and the states in place, in one pass over memory, by the kernels and with the checks of
+the optimizer class of the same name; the class's docstring has the formula and the ranges of the hyper-parameters.
 
 Parameters that all functions share:
 
@@ -33,7 +33,7 @@ array([0., 0., 0.], dtype=float32)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 
@@ -41,7 +41,7 @@ from onepass import _cpu
 from onepass.optim import NAG, SGD, AdaGrad, Adam, AdaSqrt, Momentum, Nadam, Optimizer, RMSprop
 from onepass.optim import hyper as hp
 from onepass.optim.hyper import LearningRate
-from onepass.optim.optimizer import RULES, Array
+from onepass.optim.optimizer import Array
 from onepass.optim.structure import is_sequence
 
 __all__ = ["adagrad", "adam", "adamw", "adasqrt", "amsgrad", "momentum", "nadam", "nag", "rmsprop", "sgd"]
@@ -50,7 +50,12 @@ Arrays: TypeAlias = "Array | Sequence[Any]"
 
 
 def _apply(
-    cls: type[Optimizer], params: Arrays, grads: Arrays, states: Mapping[str, Arrays], step: int, hyper: Mapping[str, Any]
+    cls: type[Optimizer],
+    params: Arrays,
+    grads: Arrays,
+    states: Mapping[str, Arrays],
+    step: int,
+    hyper: Mapping[str, Any],
 ) -> None:
     """Update by the rule of `cls`. `states`: the states by argument name, in the order of the rule's slots."""
     if isinstance(step, bool) or not isinstance(step, (int, np.integer)):
@@ -59,18 +64,18 @@ def _apply(
         raise ValueError(f"step: expected an integer >= 1, got {step!r}")
     single = not is_sequence(params)
     names = ("params", "grads", *states)
-    lists = []
+    lists: list[Sequence[Any]] = []
     for name, value in zip(names, (params, grads, *states.values()), strict=True):
         if is_sequence(value) == single:
             need = "one array, as params is" if single else "a list or tuple of arrays, as params is"
             raise TypeError(f"{name}: expected {need}, got {type(value).__name__}")
-        lists.append([value] if single else value)
+        lists.append([value] if single else cast("Sequence[Any]", value))
     values = hp.checked(hyper)
     rule = cls.rule(values)
     if any(0.0 < values.get(name, 0.0) < float(np.finfo(np.float32).tiny) for name in ("eps", "eps_root")):
         hp.require_eps_survives(values, {_cpu.as_ndarray(p, f"params[{i}]").dtype for i, p in enumerate(lists[0])})
     coefficients, scale, l1, l2, decay = cls.surround(values, int(step))
-    _cpu.update(rule, lists[0], lists[1], lists[2:], coefficients, scale, l1, l2, decay, names)
+    _cpu.update(rule, lists[0], lists[1], lists[2:], coefficients, scale, l1, l2, decay, names, single)
 
 
 def sgd(

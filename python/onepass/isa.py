@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 from onepass import _cpu
+
+
+def read_environment() -> None:
+    """Use the instruction set that ``ONEPASS_ISA`` names, if it is set and not empty; called once, at import."""
+    name = os.environ.get("ONEPASS_ISA", "")
+    if name:
+        try:
+            _cpu.set_isa(name)
+        except ValueError as error:
+            raise ImportError(f"ONEPASS_ISA: {error}") from None
 
 
 def isa() -> str:

@@ -8,8 +8,8 @@ Examples
 --------
 >>> from onepass import schedules
 >>> lr = schedules.linear_warmup(schedules.step(0.1, every=100, factor=0.5), steps=10)
->>> lr(1), lr(10), lr(100), lr(101)
-(0.01, 0.1, 0.1, 0.05)
+>>> [round(lr(t), 6) for t in (1, 10, 100, 101)]
+[0.01, 0.1, 0.1, 0.05]
 >>> import numpy as np, onepass
 >>> opt = onepass.Adam(np.zeros(3), lr=lr)
 """
@@ -80,8 +80,8 @@ class inverse_time(Schedule):  # noqa: N801 - used like a function
 
     Examples
     --------
-    >>> inverse_time(0.1, decay=1.0)(4)
-    0.02
+    >>> inverse_time(0.5, decay=1.0)(4)
+    0.1
     """
 
     decay: float
@@ -96,14 +96,14 @@ class inverse_time(Schedule):  # noqa: N801 - used like a function
 
 @dataclass(frozen=True, repr=False)
 class exponential(Schedule):  # noqa: N801
-    r""":math:`\mathrm{lr} \cdot \mathrm{rate}^{(t - 1) / \mathrm{steps}}`: a factor of `rate` every `steps` steps, smoothly.
+    r""":math:`\mathrm{lr} \cdot \mathrm{rate}^{(t - 1) / \mathrm{steps}}`: smooth decay.
 
     Parameters
     ----------
     lr : float or callable
         The rate of the first step, or another schedule.
     rate : float
-        In (0, 1].
+        The factor that `steps` steps make, in (0, 1].
     steps : int, default 1
         >= 1.
 

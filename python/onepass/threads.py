@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 from onepass import _cpu
+
+_default = 0  # for _cpu: as many as there are CPUs to use
 
 
 def get_num_threads() -> int:
     """The number of threads that a step of more than about a megabyte uses, the calling one included.
 
-    By default that is the number of CPUs that the process may use (its affinity mask and cgroup quota, asked anew at
-    each step), or the value of the environment variable ``ONEPASS_NUM_THREADS`` at import.
+    By default that is the value of the environment variable ``ONEPASS_NUM_THREADS`` at import, or else the number of
+    CPUs that the process may use: its affinity mask, asked anew at each step, capped by its cgroup's quota.
     """
     return _cpu.get_num_threads()
 
@@ -35,11 +39,20 @@ def set_num_threads(count: int | None) -> None:
     1
     >>> onepass.set_num_threads(None)
     """
-    if count is None:
-        _cpu.set_num_threads(0)
-        return
-    if isinstance(count, bool) or not isinstance(count, int):
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
         raise TypeError(f"count: expected an integer from 1 to 1024 or None, got {count!r}")
-    if not 1 <= count <= 1024:
+    if count is not None and not 1 <= count <= 1024:
         raise ValueError(f"count: expected an integer from 1 to 1024 or None, got {count!r}")
-    _cpu.set_num_threads(count)
+    _cpu.set_num_threads(_default if count is None else count)
+
+
+def read_environment() -> None:
+    """Take the default from ``ONEPASS_NUM_THREADS``; called once, at import."""
+    global _default
+    text = os.environ.get("ONEPASS_NUM_THREADS", "")
+    if text:
+        try:
+            set_num_threads(int(text))
+        except ValueError:
+            raise ImportError(f"ONEPASS_NUM_THREADS: expected an integer from 1 to 1024, got {text!r}") from None
+        _default = int(text)

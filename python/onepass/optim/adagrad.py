@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from onepass.optim.hyper import LearningRate
 from onepass.optim.optimizer import Coefficients, Grads, Optimizer, Params
 
@@ -107,5 +104,5 @@ class AdaGrad(Optimizer):
         }
 
     @classmethod
-    def _new_state(cls, name: str, param: npt.NDArray[Any], hyper: Mapping[str, Any]) -> npt.NDArray[Any]:
-        return np.full_like(param, hyper["initial_accumulator"], subok=False)
+    def _initial_state(cls, hyper: Mapping[str, Any]) -> float:
+        return float(hyper["initial_accumulator"])

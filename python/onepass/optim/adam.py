@@ -11,7 +11,7 @@ from onepass.optim.optimizer import Coefficients, Grads, Optimizer, Params
 
 
 class Adam(Optimizer):
-    r"""Adam: steps of the averaged gradient divided by the root of the averaged squares, both corrected for their start at 0.
+    r"""Adam: the averaged gradient divided by the root of the averaged squares, both corrected for their start at 0.
 
     .. math::
         m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\

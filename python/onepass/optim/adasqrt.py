@@ -30,8 +30,8 @@ class AdaSqrt(Optimizer):
 
     Warnings
     --------
-    The step is proportional to 1 / g: a parameter whose gradients are all tiny takes huge steps. Scale the learning rate
-    to the gradients.
+    The step is proportional to 1 / g: a parameter whose gradients are all tiny takes huge steps. Scale the learning
+    rate to the gradients.
 
     Notes
     -----

@@ -10,7 +10,7 @@ from onepass.optim.optimizer import Coefficients, Grads, Optimizer, Params
 
 
 class AMSGrad(Optimizer):
-    r"""AMSGrad as its paper prints it: Adam divided by the root of the largest second moment so far, without bias correction.
+    r"""AMSGrad, the paper's form: Adam by the root of the largest second moment so far, without bias correction.
 
     .. math::
         m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
@@ -40,8 +40,8 @@ class AMSGrad(Optimizer):
 
     Notes
     -----
-    States: ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq``. 36 bytes a step and float32. A NaN in the second moment stays
-    in the maximum.
+    States: ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq``. 36 bytes a step and float32. A NaN in the second moment
+    stays in the maximum.
 
     References
     ----------

@@ -89,9 +89,10 @@ RANGES: dict[str, Callable[[Any, str], Any]] = {
 def checked(values: Mapping[str, Any], prefix: str = "{}") -> Hyper:
     """A copy of `values`, each in its range and of its plain type; `prefix` is a format for names in messages."""
     hyper = {name: RANGES[name](value, prefix.format(name)) for name, value in values.items()}
-    if "eps" in hyper and hyper["eps"] == 0.0 and hyper["eps_root"] == 0.0:
-        eps, eps_root = prefix.format("eps"), prefix.format("eps_root")
-        raise ValueError(f"{eps}: {eps} and {eps_root} are both 0; one must be positive, or 0 / 0 is NaN")
+    if hyper.get("eps") == 0.0 and hyper.get("eps_root", 0.0) == 0.0:
+        eps = prefix.format("eps")
+        what = f"{eps} and {prefix.format('eps_root')} are both 0; one" if "eps_root" in hyper else "it is 0; it"
+        raise ValueError(f"{eps}: {what} must be positive, or 0 / 0 is NaN")
     if hyper.get("max_of_corrected", False) and not hyper["amsgrad"]:
         raise ValueError(f"{prefix.format('max_of_corrected')}: needs amsgrad=True")
     return hyper
@@ -114,8 +115,8 @@ def require_eps_survives(hyper: Mapping[str, Any], dtypes: set[np.dtype[Any]], p
 class ParamGroup(MutableMapping[str, Any]):
     """The hyper-parameters of a group of parameters, by name; assigning to one checks it and takes effect at once.
 
-    ``group["params"]`` lists the group's arrays and cannot be assigned. Nor can what decides which states exist, or what
-    is only read at construction: a new optimizer is needed for that.
+    ``group["params"]`` lists the group's arrays and cannot be assigned. Nor can what decides which states exist, or
+    what is only read at construction: a new optimizer is needed for that.
 
     Raises
     ------

@@ -45,13 +45,15 @@ class Momentum(Optimizer):
 
     Notes
     -----
-    State: ``velocity``, which has the sign of the descent (the parameter moves by minus it). 20 bytes a step and float32.
+    State: ``velocity``, which has the sign of the descent (the parameter moves by minus it). 20 bytes a step and
+    float32.
 
     References
     ----------
     .. [1] B. T. Polyak, "Some methods of speeding up the convergence of iteration methods", USSR Computational
        Mathematics and Mathematical Physics 4 (1964), 1-17, eq. 9.
-    .. [2] I. Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML 2013, eq. 1, 2.
+    .. [2] I. Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML 2013,
+       eq. 1, 2.
 
     Examples
     --------

@@ -15,7 +15,8 @@ class Nadam(Optimizer):
     r"""Nadam: Adam with Nesterov's look-ahead in the first moment, under a warming momentum.
 
     .. math::
-        \mu_t &= \beta_1 (1 - \tfrac12 \cdot 0.96^{t \cdot \mathrm{momentum\_decay}}), \qquad M_t = \mu_1 \cdots \mu_t \\
+        \mu_t &= \beta_1 (1 - \tfrac12 \cdot 0.96^{t \cdot \mathrm{momentum\_decay}}),
+        \qquad M_t = \mu_1 \cdots \mu_t \\
         m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
         v_t &= \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
         p_t &= p_{t-1} - \frac{\mathrm{lr}\,\mu_{t+1} / (1 - M_t \mu_{t+1}) \cdot m_t
@@ -44,8 +45,8 @@ class Nadam(Optimizer):
 
     Notes
     -----
-    States: ``exp_avg``, ``exp_avg_sq``; the product :math:`M_t` is computed from `t` and the hyper-parameters of the step.
-    28 bytes a step and float32.
+    States: ``exp_avg``, ``exp_avg_sq``; the product :math:`M_t` is computed from `t` and the hyper-parameters of the
+    step. 28 bytes a step and float32.
 
     References
     ----------
@@ -59,7 +60,7 @@ class Nadam(Optimizer):
     >>> opt = onepass.Nadam(p, lr=0.5)
     >>> opt.step(np.array([0.01, -100.0]))
     >>> p.round(3)
-    array([0.47, 1.53])
+    array([0.472, 1.528])
     """
 
     def __init__(

@@ -52,7 +52,8 @@ class NAG(Optimizer):
     ----------
     .. [1] Y. Nesterov, "A method of solving a convex programming problem with convergence rate O(1/k^2)", Soviet
        Mathematics Doklady 27 (1983), 372-376.
-    .. [2] I. Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML 2013, eq. 3, 4.
+    .. [2] I. Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML 2013,
+       eq. 3, 4.
 
     Examples
     --------

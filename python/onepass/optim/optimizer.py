@@ -80,8 +80,8 @@ class Optimizer:
             like = [_cpu.as_ndarray(array, "params" + labels[len(flat) + k]) for k, array in enumerate(group)]
             dtypes = {array.dtype for array in like}
             hp.require_eps_survives(values, dtypes, prefix)
-            for array in like:
-                states.append({name: self._new_state(name, array, values) for name in RULES[rule]["slots"]})
+            slots, start = RULES[rule]["slots"], self._initial_state(values)
+            states.extend({name: _cpu.state_like(array, start) for name in slots} for array in like)
             group_of.extend([index] * len(group))
             flat.extend(group)
             self._hyper.append(values)
@@ -131,9 +131,9 @@ class Optimizer:
         return cls.recipe(hyper, lr, t), -1.0 if hyper["maximize"] else 1.0, hyper["l1"], l2, decay
 
     @classmethod
-    def _new_state(cls, name: str, param: npt.NDArray[Any], hyper: Mapping[str, Any]) -> npt.NDArray[Any]:
-        """A state as it is before the first step, in the memory order of its parameter."""
-        return np.zeros_like(param, subok=False)
+    def _initial_state(cls, hyper: Mapping[str, Any]) -> float:
+        """The value of every state element before the first step."""
+        return 0.0
 
     # Stepping
 

@@ -10,7 +10,7 @@ from onepass.optim.optimizer import Coefficients, Grads, Optimizer, Params
 
 
 class RMSprop(Optimizer):
-    r"""RMSprop: steps divided by the root of a moving average of the squared gradients; centered and with momentum on demand.
+    r"""RMSprop: steps divided by the root of the averaged squares; centered and with momentum on demand.
 
     .. math::
         r_t &= \rho r_{t-1} + (1 - \rho) g_t^2 \\
@@ -24,7 +24,8 @@ class RMSprop(Optimizer):
         b_t &= \mu b_{t-1} + \mathrm{lr} \cdot g_t / q_t \\
         p_t &= p_{t-1} - b_t
 
-    or, with ``lr_in_velocity=False``, :math:`b_t = \mu b_{t-1} + g_t / q_t` and :math:`p_t = p_{t-1} - \mathrm{lr}\, b_t`.
+    or, with ``lr_in_velocity=False``, :math:`b_t = \mu b_{t-1} + g_t / q_t` and
+    :math:`p_t = p_{t-1} - \mathrm{lr}\, b_t`.
 
     Parameters
     ----------
@@ -48,8 +49,8 @@ class RMSprop(Optimizer):
     Warnings
     --------
     Keras and Optax have the epsilon inside the root (``eps=0, eps_root=1e-7`` and ``1e-8``). torch's decay is 0.99, and
-    its centered form turns parameters into NaN once rounding makes :math:`r - a^2` negative (under a constant gradient:
-    after 1210 steps in float32); this one clamps it at 0.
+    its centered form turns parameters into NaN once rounding makes :math:`r - a^2` negative (constant gradients do it,
+    in float32 after 132 steps for a decay of 0.9); this one clamps it at 0.
 
     Notes
     -----
@@ -59,8 +60,8 @@ class RMSprop(Optimizer):
     References
     ----------
     .. [1] G. Hinton, "Neural networks for machine learning", lecture 6e (2012).
-    .. [2] A. Graves, "Generating sequences with recurrent neural networks", arXiv:1308.0850 (2013), eq. 38-45: centered,
-       with momentum.
+    .. [2] A. Graves, "Generating sequences with recurrent neural networks", arXiv:1308.0850 (2013), eq. 38-45:
+       centered, with momentum.
 
     Examples
     --------

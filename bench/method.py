@@ -1,0 +1,421 @@
+"""How the benchmarks measure and report; no benchmark is in here.
+
+Contenders run interleaved, A B A B, in one process, so that what disturbs the machine disturbs them alike. Results are
+ratios of medians with a bootstrap interval over whole rounds. Every sample begins after a pause: worker threads that
+another contender left spinning have gone to sleep by then (torch's burn a core for 4 to 8 ms after their last region).
+A contender that is quicker than one sample is called several times for it, after one call that is not timed, so that
+everybody is measured with its own threads and its own data warm.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
+
+import onepass
+
+ROOT = Path(__file__).resolve().parents[1]
+
+CACHE_LINE = 64
+NOISY = 0.15  # of the value: an interval wider than this says that the machine was not quiet
+
+Clock: TypeAlias = Callable[[], float]
+Samples: TypeAlias = "npt.NDArray[np.float64]"
+Floats: TypeAlias = "npt.NDArray[np.float32]"
+
+
+# --- Memory -----------------------------------------------------------------------------------------------------------
+
+
+def aligned(count: int) -> Floats:
+    """Return `count` float32 zeros that begin at a cache line; every page of them has been touched."""
+    room = CACHE_LINE // 4
+    raw = np.empty(count + room, np.float32)
+    start = -raw.ctypes.data % CACHE_LINE // 4
+    result = raw[start : start + count]
+    result.fill(0.0)
+    return result
+
+
+def fill_with(array: Floats, block: Floats) -> None:
+    """Repeat `block` until `array` is full: random numbers for large arrays at the price of few."""
+    for start in range(0, array.size, block.size):
+        part = array[start : start + block.size]
+        part[:] = block[: part.size]
+
+
+# --- Time -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What is timed: `run`, after `prepare` (never timed) if the work changes its own conditions."""
+
+    name: str
+    run: Callable[[], object]
+    prepare: Callable[[], object] | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long one case is measured, in rounds of one sample for each contender.
+
+    Attributes
+    ----------
+    seconds : float
+        Rounds begin until so much time has passed.
+    min_rounds, max_rounds : int
+        But no fewer and no more than these.
+    sample_seconds : float
+        A contender without `prepare` is called as often as this takes for one sample.
+    pause : float
+        Seconds slept before each sample; longer than other people's threads spin.
+    """
+
+    seconds: float = 3.0
+    min_rounds: int = 11
+    max_rounds: int = 101
+    sample_seconds: float = 0.01
+    pause: float = 0.02
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _sample(contender: Contender, calls: int, clock: Clock) -> float:
+    """Seconds of one call, as the mean of `calls` calls in a row."""
+    run = contender.run
+    if contender.prepare is not None:
+        contender.prepare()
+    elif calls > 1:
+        run()
+    start = clock()
+    for _ in itertools.repeat(None, calls):
+        run()
+    return (clock() - start) / calls
+
+
+def _calls_for(contender: Contender, seconds: float, clock: Clock) -> int:
+    """Warm up, and find how many calls make one sample of at least `seconds`."""
+    _sample(contender, 1, clock)
+    if contender.prepare is not None:
+        return 1
+    calls = 1
+    while True:
+        once = _sample(contender, calls, clock)
+        if once * calls >= seconds:
+            return calls
+        calls = max(2 * calls, min(16 * calls, int(seconds / max(once, 1e-9)) + 1))
+
+
+def interleave(
+    contenders: Sequence[Contender],
+    plan: Plan,
+    clock: Clock = time.perf_counter,
+    sleep: Callable[[float], object] = time.sleep,
+) -> dict[str, Samples]:
+    """Time the contenders in turn, round after round.
+
+    Returns
+    -------
+    dict
+        For each name the seconds of one call, one entry for each round; entries of one round belong together.
+    """
+    names = [contender.name for contender in contenders]
+    if len(set(names)) != len(names):
+        raise ValueError(f"contenders: names repeat: {', '.join(names)}")
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    with _no_garbage_collection():
+        calls = [_calls_for(contender, plan.sample_seconds, clock) for contender in contenders]
+        start = clock()
+        for done in range(plan.max_rounds):
+            if done >= plan.min_rounds and clock() - start >= plan.seconds:
+                break
+            for contender, count in zip(contenders, calls, strict=True):
+                sleep(plan.pause)
+                taken[contender.name].append(_sample(contender, count, clock))
+    return {name: np.array(seconds) for name, seconds in taken.items()}
+
+
+# --- Statistics -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the interval is too wide for the figure to be quoted."""
+        return self.high - self.low > NOISY * abs(self.value)
+
+
+def bootstrap(
+    statistic: Callable[..., Any], *samples: Samples, resamples: int = 2000, seed: int = 20240101
+) -> Estimate:
+    """Estimate a statistic of medians, with the percentile interval over resampled rounds.
+
+    Parameters
+    ----------
+    statistic : callable
+        Of as many medians as there are `samples`; must work elementwise.
+    *samples : array
+        Seconds by round. Rounds are drawn for all together, because what disturbs one contender in a round disturbs its
+        neighbours too.
+    """
+    rounds = samples[0].size
+    drawn = np.random.default_rng(seed).integers(rounds, size=(resamples, rounds))
+    values = statistic(*(np.median(sample[drawn], axis=1) for sample in samples))
+    low, high = np.percentile(values, (2.5, 97.5))
+    return Estimate(float(statistic(*(np.median(sample) for sample in samples))), float(low), float(high))
+
+
+def ratio(over: Samples, under: Samples) -> Estimate:
+    """Ratio of medians."""
+    return bootstrap(np.divide, over, under)
+
+
+def difference(of: Samples, less: Samples) -> Estimate:
+    """Difference of medians."""
+    return bootstrap(np.subtract, of, less)
+
+
+def median(samples: Samples) -> Estimate:
+    """Take the median alone."""
+    return bootstrap(np.positive, samples)
+
+
+# --- Results ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a row's value shall be at least or at most."""
+
+    sense: Literal[">=", "<="]
+    bound: float
+
+    def met(self, estimate: Estimate) -> bool | None:
+        """Judge a figure: None if it is too noisy to decide, or misses a goal that its interval still reaches."""
+        sign = 1.0 if self.sense == ">=" else -1.0
+        value, *ends = (sign * figure for figure in (estimate.value, estimate.low, estimate.high))
+        bound = sign * self.bound
+        if min(ends) >= bound or (value >= bound and not estimate.noisy):
+            return True
+        return False if max(ends) < bound else None
+
+
+@dataclass
+class Row:
+    """One line of the table. Seconds are medians of one call.
+
+    `measure` says what `value` is: ``"peer / ours"`` (how many times faster), ``"ours / peer"`` (a slowdown),
+    ``"ours - peer"`` or ``"ours"`` (seconds). Without `value` the row was not measured, and `note` says why.
+    """
+
+    case: str
+    kind: str
+    threads: int
+    elements: int
+    ours: str
+    peer: str
+    goal: Goal | None = None
+    measure: str = "peer / ours"
+    ours_seconds: float | None = None
+    peer_seconds: float | None = None
+    value: Estimate | None = None
+    traffic_share: Estimate | None = None
+    bytes: int | None = None
+    ours_estimate: Estimate | None = None
+    rounds: int = 0
+    note: str = ""
+    failed: bool = False
+    all_seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether one of the row's figures has a wide interval."""
+        return any(estimate is not None and estimate.noisy for estimate in (self.value, self.traffic_share))
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        """What one call must read and write at the least, by the time of ours."""
+        return self.bytes / self.ours_seconds if self.bytes and self.ours_seconds else None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the goal is met; None where there is none, nothing was measured, or it is open."""
+        if self.failed:
+            return False
+        return None if self.goal is None or self.value is None else self.goal.met(self.value)
+
+    def take(self, samples: Mapping[str, Samples], ours: str, peer: str | None) -> None:
+        """Note the medians of all contenders; `value` is the caller's."""
+        self.all_seconds = {name: float(np.median(seconds)) for name, seconds in samples.items()}
+        self.ours_seconds = self.all_seconds[ours]
+        self.ours_estimate = median(samples[ours])
+        self.peer_seconds = None if peer is None else self.all_seconds[peer]
+        self.rounds = samples[ours].size
+
+    def record(self) -> dict[str, Any]:
+        """Return the row for JSON, with what is derived from its fields."""
+        return {**asdict(self), "bytes_per_second": self.bytes_per_second, "met": self.met, "noisy": self.noisy}
+
+
+HEADER = ("case", "threads", "ours", "peer", "ratio", "95 %", "GB/s", "of traffic", "goal", "met", "note")
+
+
+def format_seconds(seconds: float | None) -> str:
+    """Return three digits and a unit, or nothing."""
+    if seconds is None:
+        return ""
+    factor, unit = (1.0, "s") if abs(seconds) >= 1.0 else (1e3, "ms") if abs(seconds) >= 1e-3 else (1e6, "us")
+    return f"{seconds * factor:.3g} {unit}"
+
+
+def _in_unit(row: Row, value: float) -> str:
+    return f"{value:.2f}x" if "/" in row.measure else format_seconds(value)
+
+
+def _met(row: Row) -> str:
+    if row.failed:
+        return "FAILED"
+    if row.goal is None or row.value is None:
+        return ""
+    return {True: "yes", False: "NO", None: "open"}[row.met]
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """Return one cell for each entry of the header."""
+    value, share, speed = row.value, row.traffic_share, row.bytes_per_second
+    return (
+        row.case,
+        str(row.threads),
+        format_seconds(row.ours_seconds),
+        f"{row.peer} {format_seconds(row.peer_seconds)}".strip(),
+        "" if value is None else _in_unit(row, value.value),
+        "" if value is None else f"{_in_unit(row, value.low)} .. {_in_unit(row, value.high)}",
+        "" if speed is None else f"{speed / 1e9:.1f}",
+        "" if share is None else f"{share.value:.3f}",
+        "" if row.goal is None else f"{row.goal.sense} {_in_unit(row, row.goal.bound)}",
+        _met(row),
+        "; ".join(filter(None, ("noisy" if row.noisy else "", row.note))),
+    )
+
+
+def rich_table(rows: Iterable[Row], title: str) -> Table:
+    """Lay the table out for a terminal."""
+    table = Table(title=title)
+    for name in HEADER:
+        table.add_column(name, overflow="fold", no_wrap=name == "case", max_width=40 if name == "note" else None)
+    for row in rows:
+        style = "red" if row.met is False else "yellow" if row.noisy or row.value is None else ""
+        table.add_row(*cells(row), style=style)
+    return table
+
+
+def markdown_table(rows: Iterable[Row]) -> str:
+    """Write the same table in Markdown."""
+    lines = [HEADER, tuple("---" for _ in HEADER), *map(cells, rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def print_table(rows: Sequence[Row], title: str) -> None:
+    """Print the table, as wide as it needs to be where standard output is no terminal."""
+    console = Console() if sys.stdout.isatty() else Console(width=210)
+    console.print(rich_table(rows, title))
+
+
+def write_results(rows: Sequence[Row], environment: Mapping[str, Any], folder: Path, name: str) -> None:
+    """Write ``name.json`` and ``name.md`` into `folder`, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    results = {"environment": dict(environment), "rows": [row.record() for row in rows]}
+    (folder / f"{name}.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    facts = "\n".join(f"* {key}: {value}" for key, value in environment.items())
+    (folder / f"{name}.md").write_text(f"# {name}\n\n{markdown_table(rows)}\n\n{facts}\n", encoding="utf-8")
+
+
+# --- Where it was measured --------------------------------------------------------------------------------------------
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _commit() -> str:
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return "unknown"
+    return commit + ("-dirty" if _git("status", "--porcelain", "--", ".", ":!bench/results") else "")
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor())
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def environment(plan: Plan) -> dict[str, Any]:
+    """Collect what a reader needs to judge the figures and to repeat them. Threads of a row are in the row."""
+    return {
+        "commit": _commit(),
+        "cpu": _cpu_model(),
+        "threads": onepass.get_num_threads(),
+        "isa": onepass.isa(),
+        "load": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "torch": _version("torch"),
+        "onepass": onepass.__version__,
+        "onepass_file": str(onepass.__file__),
+        "system": platform.platform(),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "plan": asdict(plan),
+    }
