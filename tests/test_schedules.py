@@ -520,8 +520,19 @@ def test_lr_property_of_one_group():
 def test_lr_property_refuses_what_is_no_rate(lr, error):
     opt = onepass.SGD([{"params": np.zeros(3), "lr": 0.5}, {"params": np.zeros(3), "lr": 0.25}])
     with pytest.raises(error, match=r"^lr: expected a finite number >= 0 or a callable"):
-        opt.lr = lr
+        opt.lr = [0.125, lr]
     assert opt.lr == [0.5, 0.25]
+
+
+def test_lr_property_takes_a_list_with_one_for_each_group():
+    opt = onepass.SGD([{"params": np.zeros(3), "lr": 0.5}, {"params": np.zeros(3), "lr": 0.25}])
+    opt.lr = opt.lr
+    assert opt.lr == [0.5, 0.25]
+    opt.lr = [0.125, 1]
+    assert [group["lr"] for group in opt.param_groups] == [0.125, 1.0]
+    with pytest.raises(ValueError, match="^lr: 1 given for 2 groups"):
+        opt.lr = [0.1]
+    assert opt.lr == [0.125, 1.0]
 
 
 @not_a_rate

@@ -480,7 +480,7 @@ BAD_STATES = {
     "step negative": (
         change(*STATE, "step", -1),
         ValueError,
-        r"^state\[3\]\['step'\]: expected an integer >= 0, got -1",
+        r"^state\[3\]\['step'\]: expected an integer from 0 to 2\*\*62, got -1",
     ),
     "step float": (change(*STATE, "step", 2.0), (TypeError, ValueError), r"^state\[3\]\['step'\]: expected an integer"),
     "step bool": (change(*STATE, "step", True), (TypeError, ValueError), r"^state\[3\]\['step'\]: expected an integer"),

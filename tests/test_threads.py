@@ -20,7 +20,7 @@ LARGE = 1 << 19  # elements: several megabytes of traffic, so that threads are u
 RULE_CASES = ("SGD", "Momentum", "AdaSqrt", "RMSprop-centered-momentum", "Adam", "AMSGrad")
 
 
-def python(code, *, timeout=60, **environment):
+def python(code, *, timeout=300, **environment):
     """Run code in a fresh interpreter."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("ONEPASS_")}
     return subprocess.run(
@@ -41,9 +41,8 @@ def assert_ok(done):
 
 
 def test_the_number_of_threads_is_what_was_set():
-    onepass.set_num_threads(None)  # whatever the environment said
     default = onepass.get_num_threads()
-    assert 1 <= default <= (os.cpu_count() or 1)
+    assert default >= 1
     for count in (1, 2, 5, 1024):
         onepass.set_num_threads(count)
         assert onepass.get_num_threads() == count
@@ -73,7 +72,7 @@ def test_the_environment_sets_the_number_of_threads(count):
     assert done.stdout.split() == [str(count)]
 
 
-@pytest.mark.parametrize("value", ["0", "-2", "1025", "two", "", "1.5", "nan", "2 3", "99999999999999999999"])
+@pytest.mark.parametrize("value", ["0", "-2", "1025", "two", " ", "1.5", "nan", "2 3", "99999999999999999999"])
 def test_a_bad_number_of_threads_in_the_environment(value):
     code = """
 try:
@@ -84,6 +83,16 @@ except ImportError as error:
     done = python(code, ONEPASS_NUM_THREADS=value)
     assert_ok(done)
     assert done.stdout.strip() == f"ONEPASS_NUM_THREADS: expected an integer from 1 to 1024, got {value!r}"
+
+
+def test_an_empty_environment_variable_is_none():
+    code = "import os, onepass; assert 1 <= onepass.get_num_threads() <= os.cpu_count()"
+    assert_ok(python(code, ONEPASS_NUM_THREADS=""))
+
+
+def test_none_goes_back_to_what_the_environment_said():
+    code = "import onepass as o; o.set_num_threads(2); o.set_num_threads(None); assert o.get_num_threads() == 7"
+    assert_ok(python(code, ONEPASS_NUM_THREADS="7"))
 
 
 def test_the_default_respects_the_affinity_of_the_process():
@@ -178,7 +187,7 @@ def run_all(*bodies):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(120)
         assert not thread.is_alive(), "hangs"
     if errors:
         raise errors[0]
@@ -377,7 +386,7 @@ def in_child(body):
     if pid == 0:
         code = 1
         try:
-            signal.alarm(30)
+            signal.alarm(120)
             body()
             code = 0
         except BaseException as error:
@@ -473,16 +482,16 @@ if __name__ == "__main__":
     children = [context.Process(target=work, args=(queue,)) for _ in range(2)]
     for child in children:
         child.start()
-    found = [queue.get(timeout=45) for _ in children]
+    found = [queue.get(timeout=120) for _ in children]
     for child in children:
-        child.join(30)
+        child.join(120)
     assert found == [goal, goal], found
     assert [child.exitcode for child in children] == [0, 0]
 """
     script = tmp_path / "script.py"  # a spawned child imports it
     script.write_text("import warnings; warnings.simplefilter('ignore')\n" + PRELUDE + code)
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False, env=dict(os.environ)
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False, env=dict(os.environ)
     )
     assert_ok(done)
 
@@ -493,7 +502,7 @@ onepass.set_num_threads(6)
 goal = expected(3)
 print("last words")
 """
-    done = python(PRELUDE + code, timeout=30)
+    done = python(PRELUDE + code, timeout=300)
     assert_ok(done)
     assert done.stdout == "last words\n"
     assert done.stderr == ""
@@ -511,7 +520,7 @@ class Last:
 last = Last()
 sys.modules["keep"] = (opt, params, grads)
 """
-    done = python(PRELUDE + code, timeout=30)
+    done = python(PRELUDE + code, timeout=300)
     assert_ok(done)
     assert done.stdout == "stepped 2\n"
 
@@ -532,7 +541,7 @@ assert started.wait(30)
 print("last words", flush=True)
 """
     for _ in range(3):
-        done = python(PRELUDE + code, timeout=30)
+        done = python(PRELUDE + code, timeout=300)
         assert_ok(done)
         assert done.stdout == "last words\n"
 

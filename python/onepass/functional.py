@@ -263,6 +263,7 @@ def rmsprop(
 
     With `grad_avgs` it is the centered form; `velocities` are needed with momentum > 0, and only then.
     """
+    momentum = hp.checked({"momentum": momentum})["momentum"]
     states = {"square_avgs": square_avgs}
     if grad_avgs is not None:
         states["grad_avgs"] = grad_avgs

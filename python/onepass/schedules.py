@@ -17,27 +17,35 @@ Examples
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from numbers import Integral
+from typing import Any, ClassVar
 
-from onepass.optim.hyper import LearningRate, checked
+from onepass.optim.hyper import LearningRate, checked, learning_rate, real
 
 __all__ = ["Schedule", "cosine", "exponential", "inverse_time", "linear_warmup", "step"]
 
 
-def _finite(value: Any, name: str, need: str, inside: Callable[[float], bool]) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected {need}, got {value!r}")
-    if not (math.isfinite(value) and inside(value)):
-        raise ValueError(f"{name}: expected {need}, got {value!r}")
+@dataclass(frozen=True)
+class _Field:
+    """The range of a schedule's own parameter, and the plain Python number that it becomes."""
+
+    need: str
+    inside: Callable[[float], bool]
+    integer: bool = False
+
+    def read(self, value: Any, name: str) -> float | int:
+        if self.integer and not isinstance(value, Integral):
+            raise TypeError(f"{name}: expected {self.need}, got {value!r}")
+        number = real(value, name, self.need, self.inside)
+        return int(value) if self.integer else number
 
 
-def _count(value: Any, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer >= 1, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+_NONNEGATIVE = _Field("a finite number >= 0", lambda x: 0 <= x < math.inf)
+_POSITIVE_FRACTION = _Field("a number in (0, 1]", lambda x: 0 < x <= 1)
+_FRACTION = _Field("a number in [0, 1]", lambda x: 0 <= x <= 1)
+_COUNT = _Field("an integer >= 1", lambda x: x >= 1, integer=True)
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,13 @@ class Schedule:
 
     lr: LearningRate
 
+    _fields: ClassVar[Mapping[str, _Field]] = {}
+
     def __post_init__(self) -> None:
-        checked({"lr": self.lr})
+        # Frozen, so by this way: NumPy's numbers become Python's, and rates are float64 whatever they came as.
+        object.__setattr__(self, "lr", checked({"lr": self.lr})["lr"])
+        for name, field in self._fields.items():
+            object.__setattr__(self, name, field.read(getattr(self, name), name))
 
     def scale_at(self, t: int) -> float:
         """What the learning rate is multiplied by at step `t`."""
@@ -55,7 +68,8 @@ class Schedule:
 
     def __call__(self, t: int) -> float:
         """The learning rate at step `t`, 1 for the first."""
-        return (self.lr(t) if callable(self.lr) else self.lr) * self.scale_at(t)
+        lr = learning_rate(self.lr(t), f"lr({t})") if callable(self.lr) else self.lr
+        return lr * self.scale_at(t)
 
     def __repr__(self) -> str:
         first, *rest = (f"{field.name}={getattr(self, field.name)!r}" for field in fields(self))
@@ -86,9 +100,7 @@ class inverse_time(Schedule):  # noqa: N801 - used like a function
 
     decay: float
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _finite(self.decay, "decay", "a number >= 0", lambda x: x >= 0)
+    _fields: ClassVar[Mapping[str, _Field]] = {"decay": _NONNEGATIVE}
 
     def scale_at(self, t: int) -> float:
         return 1.0 / (1.0 + self.decay * t)
@@ -116,10 +128,7 @@ class exponential(Schedule):  # noqa: N801
     rate: float
     steps: int = 1
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _finite(self.rate, "rate", "a number in (0, 1]", lambda x: 0 < x <= 1)
-        _count(self.steps, "steps")
+    _fields: ClassVar[Mapping[str, _Field]] = {"rate": _POSITIVE_FRACTION, "steps": _COUNT}
 
     def scale_at(self, t: int) -> float:
         return float(self.rate ** ((t - 1) / self.steps))
@@ -147,10 +156,7 @@ class step(Schedule):  # noqa: N801
     every: int
     factor: float = 0.1
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _count(self.every, "every")
-        _finite(self.factor, "factor", "a number in (0, 1]", lambda x: 0 < x <= 1)
+    _fields: ClassVar[Mapping[str, _Field]] = {"every": _COUNT, "factor": _POSITIVE_FRACTION}
 
     def scale_at(self, t: int) -> float:
         return float(self.factor ** ((t - 1) // self.every))
@@ -186,10 +192,7 @@ class cosine(Schedule):  # noqa: N801
     steps: int
     final: float = 0.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _count(self.steps, "steps")
-        _finite(self.final, "final", "a number in [0, 1]", lambda x: 0 <= x <= 1)
+    _fields: ClassVar[Mapping[str, _Field]] = {"steps": _COUNT, "final": _FRACTION}
 
     def scale_at(self, t: int) -> float:
         x = min(1.0, (t - 1) / self.steps)
@@ -220,9 +223,7 @@ class linear_warmup(Schedule):  # noqa: N801
 
     steps: int
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _count(self.steps, "steps")
+    _fields: ClassVar[Mapping[str, _Field]] = {"steps": _COUNT}
 
     def scale_at(self, t: int) -> float:
         return min(1.0, t / self.steps)

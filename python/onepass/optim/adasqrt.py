@@ -35,7 +35,7 @@ class AdaSqrt(Optimizer):
 
     Notes
     -----
-    State: ``square_sum``. 20 bytes a step and float32. No other library has this rule.
+    State: ``square_sum``. 20 bytes a step and float32.
 
     References
     ----------

@@ -13,29 +13,33 @@ Hyper: TypeAlias = dict[str, Any]
 LearningRate: TypeAlias = float | Callable[[int], float]
 
 
-def _real(value: Any, name: str, need: str, inside: Callable[[float], bool]) -> float:
+def real(value: Any, name: str, need: str, inside: Callable[[float], bool]) -> float:
+    """`value` as a float, if it is a number `inside` its range; `need` says in words which one that is."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected {need}, got {value!r}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond the range of float64
+        number = math.nan
     if not inside(number):  # NaN is inside nothing
         raise ValueError(f"{name}: expected {need}, got {value!r}")
     return number
 
 
 def _nonnegative(value: Any, name: str) -> float:
-    return _real(value, name, "a finite number >= 0", lambda x: 0.0 <= x < math.inf)
+    return real(value, name, "a finite number >= 0", lambda x: 0.0 <= x < math.inf)
 
 
 def _fraction(value: Any, name: str) -> float:
-    return _real(value, name, "a number in [0, 1)", lambda x: 0.0 <= x < 1.0)
+    return real(value, name, "a number in [0, 1)", lambda x: 0.0 <= x < 1.0)
 
 
 def _closed_fraction(value: Any, name: str) -> float:
-    return _real(value, name, "a number in [0, 1]", lambda x: 0.0 <= x <= 1.0)
+    return real(value, name, "a number in [0, 1]", lambda x: 0.0 <= x <= 1.0)
 
 
 def _nonnegative_or_inf(value: Any, name: str) -> float:
-    return _real(value, name, "a number >= 0 or inf", lambda x: x >= 0.0)
+    return real(value, name, "a number >= 0 or inf", lambda x: x >= 0.0)
 
 
 def _flag(value: Any, name: str) -> bool:
@@ -59,7 +63,7 @@ def _learning_rate_or_schedule(value: Any, name: str) -> LearningRate:
     if callable(value):
         schedule: Callable[[int], float] = value
         return schedule
-    return _real(value, name, "a finite number >= 0 or a callable of the step count", lambda x: 0.0 <= x < math.inf)
+    return real(value, name, "a finite number >= 0 or a callable of the step count", lambda x: 0.0 <= x < math.inf)
 
 
 RANGES: dict[str, Callable[[Any, str], Any]] = {

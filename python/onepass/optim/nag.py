@@ -110,15 +110,15 @@ class NAG(Optimizer):
     def weights(self) -> Any:
         r"""Return the plain weights :math:`W = p + \mu v` as new NumPy arrays, in the structure of the parameters.
 
-        With ``lr_in_velocity=False`` they are :math:`p + \mathrm{lr} \mu v`, with the rate of the last step. Where
-        ``maximize`` is set the signs are those of the velocity, so that the formula stays the same.
+        With ``lr_in_velocity=False`` they are :math:`p + \mathrm{lr} \mu v`. Momentum and learning rate are those that
+        are set now; a schedule is asked for the rate of the parameter's last step.
         """
         flat = []
         labels = self._structure.labels()
         groups = [index for index, group in enumerate(self.param_groups) for _ in group["params"]]
         for index, param in enumerate(self._flat):
             hyper = self._hyper[groups[index]]
-            # The same coefficient, of the last step, with which the velocity entered the parameter.
+            # The coefficient with which the velocity enters the parameter.
             mu_v = self.surround(hyper, max(1, self.step_counts[index]))[0]["step_v"]
             array = _cpu.as_ndarray(param, "params" + labels[index])
             flat.append(np.asarray(array + array.dtype.type(mu_v) * self.state[index]["velocity"]))

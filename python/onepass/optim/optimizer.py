@@ -172,14 +172,20 @@ class Optimizer:
 
     @property
     def lr(self) -> Any:
-        """The learning rate (a number or a schedule) of all groups; a list where they differ. Assigning sets all."""
+        """The learning rate (a number or a schedule) of all groups; a list where they differ.
+
+        Assigning one sets it for all groups; assigning a list with one for each group sets each.
+        """
         rates = [values["lr"] for values in self._hyper]
         return rates[0] if all(rate == rates[0] for rate in rates) else rates
 
     @lr.setter
-    def lr(self, value: LearningRate) -> None:
-        rate = hp.checked({"lr": value})["lr"]
-        for values in self._hyper:
+    def lr(self, value: LearningRate | Sequence[LearningRate]) -> None:
+        given = list(value) if isinstance(value, (list, tuple)) else [value] * len(self._hyper)
+        if len(given) != len(self._hyper):
+            raise ValueError(f"lr: {len(given)} given for {len(self._hyper)} groups")
+        rates = [hp.checked({"lr": rate})["lr"] for rate in given]
+        for values, rate in zip(self._hyper, rates, strict=True):
             values["lr"] = rate
 
     def _group_check(self, index: int) -> Any:
@@ -244,23 +250,27 @@ class Optimizer:
         groups = self._read_groups(_entries(state_dict, "state_dict", ("optimizer", "param_groups", "state")))
         count = len(self._flat)
         saved = _entries(state_dict["state"], "state", range(count))
+        own = {id(array) for arrays in self._state for array in arrays.values()}
         counts: list[int] = []
         copies: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
         for index, arrays in enumerate(self._state):
             entry = _entries(saved[index], f"state[{index}]", ("step", *arrays))
             step = entry["step"]
-            if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or step < 0:
-                raise ValueError(f"state[{index}]['step']: expected an integer >= 0, got {step!r}")
+            if isinstance(step, bool) or not isinstance(step, (int, np.integer)):
+                raise TypeError(f"state[{index}]['step']: expected an integer from 0 to 2**62, got {step!r}")
+            if not 0 <= step <= 2**62:
+                raise ValueError(f"state[{index}]['step']: expected an integer from 0 to 2**62, got {step!r}")
             counts.append(int(step))
             for name, array in arrays.items():
                 value, label = entry[name], f"state[{index}][{name!r}]"
-                if not isinstance(value, np.ndarray):
+                if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
                     raise TypeError(f"{label}: expected a NumPy array, got {type(value).__name__}")
                 if value.shape != array.shape:
                     raise ValueError(f"{label}: shape {value.shape} does not match {array.shape}")
                 if value.dtype != array.dtype:
                     raise TypeError(f"{label}: dtype {value.dtype} does not match {array.dtype}")
-                copies.append((array, value))
+                # One of this optimizer's own arrays may be overwritten before it is read.
+                copies.append((array, value.copy() if id(value) in own and value is not array else value))
         # Counts first: it alone can still fail, while this optimizer is in the middle of a step.
         self._updater.counts = counts
         for array, value in copies:
@@ -282,7 +292,8 @@ class Optimizer:
             entry = dict(_entries(saved[index], label, ("params", *values)))
             members = list(range(start, start + len(group["params"])))
             start += len(members)
-            if list(entry.pop("params")) != members:
+            given = entry.pop("params")
+            if not isinstance(given, (list, tuple)) or list(given) != members:
                 raise ValueError(f"{label}['params']: expected {members}")
             loaded = hp.checked(entry, label + "['{}']")
             if self.rule(loaded) != self._rules[index]:
@@ -290,6 +301,12 @@ class Optimizer:
             hp.require_eps_survives(loaded, self._dtypes[index], label + "['{}']")
             groups.append(loaded)
         return groups
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied or pickled, because it updates arrays of its caller; "
+            f"make a new one and load the state_dict()"
+        )
 
     def __repr__(self) -> str:
         groups = ", ".join(
