@@ -208,7 +208,6 @@ BAD_ARRAYS = {
     "dlpack-not-callable": (type("Odd", (), {"__dlpack__": 3})(), TypeError, r"Odd.__dlpack__\(\) failed: "),
     "dlpack-used": (HandMade(GOOD, capsule=b"used_dltensor_versioned"), TypeError, r".*returned no DLPack capsule$"),
     "dlpack-future": (HandMade(GOOD, version=2), TypeError, "exports DLPack version 2, not 0 or 1$"),
-    "dlpack-copy": (HandMade(GOOD, flags=2), ValueError, r"its __dlpack__\(\) exports a copy"),
     "dlpack-int32": (HandMade(GOOD, dtype=(0, 32, 1)), TypeError, r"dtype \(DLPack code 0, 32 bits\) is not supported"),
     "dlpack-lanes": (HandMade(GOOD, dtype=(2, 32, 4)), TypeError, "dtype .* is not supported"),
     "dlpack-complex": (HandMade(GOOD, dtype=(5, 64, 1)), TypeError, "dtype .* is not supported"),
@@ -604,6 +603,7 @@ BAD_PARAMS = {
     **BAD_ARRAYS,
     "read-only": (lambda: read_only(GOOD), ValueError, "is read-only and cannot be updated in place$"),
     "read-only-bytes": (lambda: np.frombuffer(GOOD.tobytes(), np.float32), ValueError, "is read-only"),
+    "dlpack-copy": (lambda: HandMade(GOOD, flags=2), ValueError, r"its __dlpack__\(\) exports a copy; an update would"),
     "dlpack-read-only": (lambda: HandMade(GOOD, flags=1), ValueError, "is read-only and cannot be updated in place$"),
     "dlpack-gaps": (lambda: Producer(SLAB[:80:2]), ValueError, NOT_DENSE),
     "gaps": (lambda: SLAB[:80:2], ValueError, NOT_DENSE),
@@ -630,7 +630,7 @@ FORMS = {
     "array": (lambda bad, _good: bad, "params"),
     "list": (lambda bad, good: [good, bad], "params[1]"),
     "dict": (lambda bad, good: {"a": good, "fc1.weight": bad}, "params[1] ('fc1.weight')"),
-    "groups": (lambda bad, good: [{"params": good}, {"params": [bad], "lr": 0.5}], "params[1][0]"),
+    "groups": (lambda bad, good: [{"params": good}, {"params": [bad], "lr": 0.5}], "params[1]['params'][0]"),
 }
 
 
@@ -701,7 +701,7 @@ BAD_PARAMS_TOGETHER = {
     "group-of-groups": (
         lambda: [{"params": [{"params": A}]}],
         TypeError,
-        "params[0][0]: " + EXPECTED + "dict",
+        "params[0]['params'][0]: " + EXPECTED + "dict",
     ),
     "group-among-arrays": (
         lambda: [A, {"params": B}],
@@ -722,7 +722,7 @@ BAD_PARAMS_TOGETHER = {
     "twice-in-groups": (
         lambda: [{"params": [B, A]}, {"params": {"tied": A}}],
         ValueError,
-        "params[1][0] ('tied'): overlaps params[0][1] in memory; " + SHARED,
+        "params[1]['params'][0] ('tied'): overlaps params[0]['params'][1] in memory; " + SHARED,
     ),
     "view": (
         lambda: [A[1:3], B, A],
@@ -953,7 +953,7 @@ def test_a_bad_hyper_parameter(cls, name, value, exception):
             opt.param_groups[0][name] = value
         with pytest.raises(exception, match=f"^{name}{element}{expected}"):
             opt.param_groups[0].update({"maximize": True, "lr": 0.25} | {name: value})
-    if name == "lr":
+    if name == "lr" and not isinstance(value, (list, tuple)):  # a list has one for each group
         with pytest.raises(exception, match=f"^lr{expected}"):
             opt.lr = value
     snapshot.assert_unchanged()
@@ -963,6 +963,15 @@ def test_a_bad_hyper_parameter(cls, name, value, exception):
     assert_moved(before, param)
     assert_same_bits(param, twin_param)
     assert_equal_optimizers(opt, twin)
+
+
+@pytest.mark.parametrize("rates", [[], [0.5], [0.5, 0.25, 0.125], (0.5, -1.0), [0.5, NAN], (None, 0.5), [0.5, [0.5]]])
+def test_bad_learning_rates_for_all_groups(rates):
+    opt = onepass.SGD([{"params": numbers(3)}, {"params": numbers(3), "lr": 0.75}])
+    snapshot = Snapshot(opt)
+    with pytest.raises((TypeError, ValueError), match=r"^lr: "):
+        opt.lr = rates
+    snapshot.assert_unchanged()
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
@@ -1098,7 +1107,7 @@ def test_a_learning_rate_that_float32_does_not_hold(case, lr):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         snapshot = Snapshot(world.opt, world.params, world.grads)
-        with pytest.raises(ValueError, match=r"^\w+: the coefficient '\w+' is .*e\+\d+, which is not finite"):
+        with pytest.raises(ValueError, match=r"^params.*: the coefficient '\w+' of \w+ would be .*e\+\d+, which is not fin"):
             world.opt.step(world.grads)
         snapshot.assert_unchanged()
     world.opt.lr = 0.0625
@@ -1119,7 +1128,7 @@ def test_weight_decay_that_float32_does_not_hold():
         world = World("SGD")
         world.opt.param_groups[0].update(more)
         snapshot = Snapshot(world.opt, world.params, world.grads)
-        with pytest.raises(ValueError, match=f"^sgd: the coefficient '{name}' is .* not finite in float32"):
+        with pytest.raises(ValueError, match=f"^params.*: the coefficient '{name}' of sgd would be .* not finite in float32"):
             world.opt.step(world.grads)
         snapshot.assert_unchanged()
 
@@ -1219,12 +1228,7 @@ def test_a_bad_state_dict():
         (changed(["param_groups", 0, "eps"], 1e-46), ValueError, r"^param_groups\[0\]\['eps'\]: 1e-46 is zero"),
         (changed(["state"], {0: first}), ValueError, "^state: 1 is missing$"),
         (changed(["state", 2], first), ValueError, "^state: 2 is unknown$"),
-        (changed(["state", 0, "step"], -1), ValueError, r"^state\[0\]\['step'\]: expected an integer >= 0, got -1$"),
-        (
-            changed(["state", 0, "step"], True),
-            ValueError,
-            r"^state\[0\]\['step'\]: expected an integer >= 0, got True$",
-        ),
+        (changed(["state", 0, "step"], -1), ValueError, r"^state\[0\]\['step'\]: expected an integer .*, got -1$"),
         (changed(["state", 1, "step"], 2**70), ValueError, r"^state\[1\]\['step'\]: expected an integer"),
         (
             changed(["state", 1, "exp_avg"], [0.0]),
@@ -1244,6 +1248,12 @@ def test_a_bad_state_dict():
             opt.load_state_dict(bad)
         snapshot.assert_unchanged()
 
+
+def test_a_state_dict_for_a_state_that_cannot_be_written():
+    opt = onepass.Adam({"w": numbers((2, 3)), "b": numbers(3)})
+    opt.step({"w": numbers((2, 3), seed=1), "b": numbers(3, seed=2)})
+    good = opt.state_dict()
+    opt.step({"w": numbers((2, 3), seed=3), "b": numbers(3, seed=4)})
     opt.state[1]["exp_avg_sq"].flags.writeable = False
     snapshot = Snapshot(opt, opt._flat)
     with pytest.raises(ValueError, match="read-only"):

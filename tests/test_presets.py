@@ -298,7 +298,7 @@ def test_torch_tensors_in_the_functional_form(torch):
         (lambda bad, good: bad, "params: "),
         (lambda bad, good: [good, bad], "params[1]: "),
         (lambda bad, good: {"bias": good, "fc.weight": bad}, "params[1] ('fc.weight'): "),
-        (lambda bad, good: [{"params": [good, bad]}], "params[0][1]: "),
+        (lambda bad, good: [{"params": [good, bad]}], "params[0]['params'][1]: "),
     ],
 )
 def test_torch_parameter_that_requires_grad(torch, params, name):

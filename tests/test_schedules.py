@@ -530,7 +530,7 @@ def test_lr_property_takes_a_list_with_one_for_each_group():
     assert opt.lr == [0.5, 0.25]
     opt.lr = [0.125, 1]
     assert [group["lr"] for group in opt.param_groups] == [0.125, 1.0]
-    with pytest.raises(ValueError, match="^lr: 1 given for 2 groups"):
+    with pytest.raises(ValueError, match=r"^lr: 1 given for 2 groups"):
         opt.lr = [0.1]
     assert opt.lr == [0.125, 1.0]
 

@@ -167,11 +167,11 @@ def rules(yardsticks: bool = False) -> dict[str, Any]:
 
 def kernel_step(rule: str, data: Data) -> Step:
     """Make the step of a rule, or of a yardstick, without optimizer and recipe."""
-    names = (rules() | rules(yardsticks=True))[rule]["coefficients"]
-    setting = ({name: COEFFICIENTS.get(name, 0.5) for name in names}, 1.0, 0.0, 0.0, 1.0)
-    labels = [f"[{index}]" for index in range(len(data.params))]
+    coefficients = (rules() | rules(yardsticks=True))[rule]["coefficients"]
+    setting = ({name: COEFFICIENTS.get(name, 0.5) for name in coefficients}, 1.0, 0.0, 0.0, 1.0)
+    names = [f"[{index}]" for index in range(len(data.params))]
     group_of = [0] * len(data.params)
-    updater = _cpu.Updater([rule], [lambda t: setting], group_of, data.params, data.slots, labels)
+    updater = _cpu.Updater([rule], [lambda t: setting], group_of, data.params, data.slots, names, names)
     return functools.partial(updater.step, data.grads)
 
 

@@ -11,6 +11,11 @@ namespace {
 
 using Kind = ArgumentError::Kind;
 
+PyTypeObject* ndarray_type() {
+  static PyTypeObject* const type = py::detail::npy_api::get().PyArray_Type_;
+  return type;
+}
+
 std::string supported_dtypes() {
   std::string names;
   for (const DTypeInfo& dtype : DTypeTable<DTypes>::rows)
@@ -28,6 +33,12 @@ bool is_masked(py::handle array) {
   // A masked array is an ndarray whose mask an update would ignore.
   const py::object module = py::module_::import("sys").attr("modules").attr("get")("numpy.ma");
   return !module.is_none() && py::isinstance(array, module.attr("MaskedArray"));
+}
+
+// What an array's own method raised, as an ArgumentError; an interrupt or a lack of memory is nobody's argument.
+[[noreturn]] void rethrow(const py::error_already_set& error, const std::string& what) {
+  if (!error.matches(PyExc_Exception) || error.matches(PyExc_MemoryError)) throw;
+  throw ArgumentError(Kind::type, what + " failed: " + std::string(py::str(error.value())));
 }
 
 ArrayView view_numpy(py::handle object) {
@@ -59,8 +70,6 @@ ArrayView view_numpy(py::handle object) {
   return view;
 }
 
-std::string python_error(const py::error_already_set& error) { return py::str(error.value()); }
-
 // The capsule of `object.__dlpack__()`, versioned where the producer knows versions.
 py::object export_dlpack(py::handle object) {
   const py::object method = object.attr("__dlpack__");
@@ -76,7 +85,7 @@ std::int32_t device_type(py::handle object) {
   try {
     return object.attr("__dlpack_device__")().cast<py::tuple>()[0].cast<std::int32_t>();
   } catch (const py::error_already_set& error) {
-    throw ArgumentError(Kind::type, type_name(object) + ".__dlpack_device__() failed: " + python_error(error));
+    rethrow(error, type_name(object) + ".__dlpack_device__()");
   } catch (const py::cast_error&) {
     throw ArgumentError(Kind::type, type_name(object) + ".__dlpack_device__() gave no (device type, device id)");
   }
@@ -98,7 +107,7 @@ ArrayView view_dlpack(py::handle object, Keeper& keeper) {
   try {
     capsule = export_dlpack(object);
   } catch (const py::error_already_set& error) {
-    throw ArgumentError(Kind::type, type_name(object) + ".__dlpack__() failed: " + python_error(error));
+    rethrow(error, type_name(object) + ".__dlpack__()");
   }
   const dlpack::Tensor* tensor = nullptr;
   ArrayView view;
@@ -109,9 +118,7 @@ ArrayView view_dlpack(py::handle object, Keeper& keeper) {
     if (managed->major != 1) {
       throw ArgumentError(Kind::type, "exports DLPack version " + std::to_string(managed->major) + ", not 0 or 1");
     }
-    if ((managed->flags & dlpack::kIsCopied) != 0) {
-      throw ArgumentError(Kind::value, "its __dlpack__() exports a copy; an update would land there");
-    }
+    view.copied = (managed->flags & dlpack::kIsCopied) != 0;
     view.writable = (managed->flags & dlpack::kReadOnly) == 0;
     tensor = &managed->tensor;
   } else if (PyCapsule_IsValid(capsule.ptr(), "dltensor") != 0) {
@@ -172,13 +179,12 @@ void Keeper::clear() {
   numbers_.clear();
 }
 
+bool is_numpy_array(py::handle object) { return PyObject_TypeCheck(object.ptr(), ndarray_type()) != 0; }
+
 ArrayView view_array(py::handle object, Keeper& keeper) {
-  static PyTypeObject* const ndarray = py::detail::npy_api::get().PyArray_Type_;
   ArrayView view;
-  if (Py_TYPE(object.ptr()) == ndarray) {
-    view = view_numpy(object);
-  } else if (PyObject_TypeCheck(object.ptr(), ndarray)) {
-    if (is_masked(object)) {
+  if (is_numpy_array(object)) {
+    if (Py_TYPE(object.ptr()) != ndarray_type() && is_masked(object)) {
       throw ArgumentError(Kind::type, "is a masked array, whose mask an update would ignore; pass its .data");
     }
     view = view_numpy(object);
@@ -190,7 +196,7 @@ ArrayView view_array(py::handle object, Keeper& keeper) {
   } else {
     const bool scalar = py::isinstance(object, py::module_::import("numpy").attr("generic"));
     throw ArgumentError(Kind::type, "expected a NumPy array or an object with __dlpack__, got " + type_name(object) +
-                                        (scalar ? ", a NumPy scalar, which cannot be updated in place" : ""));
+                                        (scalar ? ", which is a NumPy scalar and no array" : ""));
   }
   view.count = 1;
   for (const std::ptrdiff_t length : view.shape) view.count *= static_cast<std::size_t>(length);
@@ -198,6 +204,7 @@ ArrayView view_array(py::handle object, Keeper& keeper) {
 }
 
 void require_updatable(const ArrayView& view) {
+  if (view.copied) throw ArgumentError(Kind::value, "its __dlpack__() exports a copy; an update would land there");
   if (!view.writable) throw ArgumentError(Kind::value, "is read-only and cannot be updated in place");
   if (!is_dense(view.shape, view.strides, view.itemsize())) {
     throw ArgumentError(Kind::value,

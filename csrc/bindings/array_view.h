@@ -35,6 +35,7 @@ struct ArrayView {
   DType dtype = DType::float32;
   std::size_t count = 0;
   bool writable = false;
+  bool copied = false;  // DLPack's word for: not the memory that its owner sees
   std::span<const std::ptrdiff_t> shape;
   std::span<const std::ptrdiff_t> strides;  // bytes
 
@@ -62,6 +63,10 @@ class Keeper {
   std::vector<py::object> objects_;
   std::deque<std::vector<std::ptrdiff_t>> numbers_;
 };
+
+// Whether reading an array runs no code but ours. Anything else exports its memory by a method of its own, which may do
+// what it likes, to arrays that were read before it too: so those come first.
+bool is_numpy_array(py::handle object);
 
 // Throws ArgumentError for anything but a host array of a supported dtype.
 ArrayView view_array(py::handle object, Keeper& keeper);

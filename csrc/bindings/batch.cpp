@@ -1,8 +1,14 @@
 #include "bindings/batch.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <limits>
+#include <thread>
+
+#if defined(__GLIBCXX__)
+#include <cxxabi.h>
+#endif
 
 #include "core/layout.h"
 #include "cpu/parallel.h"
@@ -31,9 +37,9 @@ void require_finite(const Kernel& kernel, Setting& setting, DType dtype) {
   if (checked) return;
   const auto require = [&](const char* what, double value) {
     if (!fits(value, dtype)) {
-      throw py::value_error(std::string(kernel.rule) + ": the coefficient '" + what + "' is " +
-                            std::string(py::str(py::float_(value))) + ", which is not finite in " + info(dtype).name +
-                            "; the hyper-parameters are out of range");
+      throw ArgumentError(Kind::value, "the coefficient '" + std::string(what) + "' of " + kernel.rule + " would be " +
+                                           std::string(py::str(py::float_(value))) + ", which is not finite in " +
+                                           info(dtype).name + "; lr or another hyper-parameter is out of range");
     }
   };
   for (std::size_t k = 0; k < kernel.coefficients.count; ++k) {
@@ -57,6 +63,21 @@ void require_match(const ArrayView& view, const ArrayView& param) {
   }
 }
 
+// Takes the interpreter lock back. Before CPython 3.14 that ends the thread, by unwinding it, when the interpreter has
+// been shut down meanwhile (a daemon thread). What lies above us does not survive that: the thread waits instead, like
+// in later versions, until the process is gone.
+void restore(PyThreadState* state) {
+#if defined(__GLIBCXX__)
+  try {
+    PyEval_RestoreThread(state);
+  } catch (abi::__forced_unwind&) {
+    for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+  }
+#else
+  PyEval_RestoreThread(state);
+#endif
+}
+
 // The smallest step for which the interpreter lock is released: below it, giving the lock back costs more than the
 // work.
 constexpr std::size_t kReleaseBytes = std::size_t{1} << 15;
@@ -64,8 +85,9 @@ constexpr std::size_t kReleaseBytes = std::size_t{1} << 15;
 }  // namespace
 
 void Batch::clear() {
+  entries_.clear();
   tensors_.clear();
-  indices_.clear();
+  foreign_.clear();
   walks_.clear();
   written_.clear();
   grads_.clear();
@@ -73,10 +95,40 @@ void Batch::clear() {
 }
 
 void Batch::add(const Kernel& kernel, py::handle param, py::handle grad, const py::object* slots, Setting* setting,
-                std::size_t index, const Naming& naming) {
+                std::size_t index) {
+  entries_.push_back({&kernel, param, grad, slots, setting, index});
+}
+
+void Batch::validate(const Naming& naming) {
+  export_foreign(naming);
+  for (const Entry& entry : entries_) read(entry, naming);
+  require_disjoint(naming);
+}
+
+void Batch::export_foreign(const Naming& naming) {
+  const auto export_one = [&](py::handle object, const Entry& entry, std::size_t stream) {
+    if (!object || is_numpy_array(object) || foreign_.contains(object.ptr())) return;
+    named(naming, entry.index, stream, [&] { foreign_.emplace(object.ptr(), view_array(object, keeper_)); });
+  };
+  for (const Entry& entry : entries_) {
+    export_one(entry.param, entry, kParam);
+    export_one(entry.grad, entry, kGrad);
+    for (std::size_t k = 0; k < entry.kernel->slots.count; ++k) export_one(entry.slots[k], entry, kFirstSlot + k);
+  }
+}
+
+ArrayView Batch::view(py::handle object) {
+  if (is_numpy_array(object)) return view_array(object, keeper_);
+  return foreign_.at(object.ptr());
+}
+
+void Batch::read(const Entry& entry, const Naming& naming) {
+  const Kernel& kernel = *entry.kernel;
+  const std::size_t index = entry.index;
   const ArrayView p = named(naming, index, kParam, [&] {
-    const ArrayView view = view_array(param, keeper_);
+    const ArrayView view = this->view(entry.param);
     require_updatable(view);
+    if (entry.setting != nullptr) require_finite(kernel, *entry.setting, view.dtype);
     return view;
   });
   const auto position = static_cast<std::uint32_t>(tensors_.size());
@@ -96,7 +148,7 @@ void Batch::add(const Kernel& kernel, py::handle param, py::handle grad, const p
   written_.push_back({memory_range(p), position, kParam});
   for (std::size_t k = 0; k < kernel.slots.count; ++k) {
     named(naming, index, kFirstSlot + k, [&] {
-      const ArrayView slot = view_array(slots[k], keeper_);
+      const ArrayView slot = view(entry.slots[k]);
       require_updatable(slot);
       require_match(slot, p);
       tensor.streams.slots[k] = slot.data;
@@ -104,23 +156,21 @@ void Batch::add(const Kernel& kernel, py::handle param, py::handle grad, const p
       written_.push_back({memory_range(slot), position, static_cast<std::uint32_t>(kFirstSlot + k)});
     });
   }
-  if (grad) {
+  if (entry.grad) {
     named(naming, index, kGrad, [&] {
-      const ArrayView g = view_array(grad, keeper_);
+      const ArrayView g = view(entry.grad);
       require_match(g, p);
       tensor.streams.grad = g.data;
       walk_if_needed(g, kGrad);
       grads_.push_back({memory_range(g), position, kGrad});
     });
   }
-  if (setting != nullptr) {
-    require_finite(kernel, *setting, p.dtype);
-    tensor.coefficients = setting->coefficients;
-    tensor.around = &setting->around;
+  if (entry.setting != nullptr) {
+    tensor.coefficients = entry.setting->coefficients;
+    tensor.around = &entry.setting->around;
   }
   tensor.walk = walk;
   tensors_.push_back(tensor);
-  indices_.push_back(index);
 }
 
 void Batch::compare_gradient(const Interval& grad, const Naming& naming, bool& judged_by_element) const {
@@ -197,8 +247,17 @@ Isa Batch::run() const {
   std::size_t bytes = 0;
   for (const Tensor& tensor : tensors_) bytes += traffic(tensor);
   if (bytes < kReleaseBytes) return update(tensors_, 1);
-  const py::gil_scoped_release release;
-  return update(tensors_, bytes < kSerialBytes ? 1 : thread_count());
+  const std::size_t threads = bytes < kSerialBytes ? 1 : thread_count();
+  PyThreadState* const state = PyEval_SaveThread();
+  Isa isa = Isa::scalar;
+  try {
+    isa = update(tensors_, threads);
+  } catch (...) {  // no memory for the list of parts
+    restore(state);
+    throw;
+  }
+  restore(state);
+  return isa;
 }
 
 }  // namespace onepass

@@ -3,6 +3,7 @@
 
 #include <deque>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "bindings/array_view.h"
@@ -36,17 +37,27 @@ class Batch {
  public:
   void clear();
 
-  // `index` is what Naming is asked with. A null `grad` validates the parameter and its slots alone.
+  // Takes note of a tensor, whose objects the caller keeps alive; `index` is what Naming is asked with. A null `grad`
+  // or `setting` validates the rest alone.
   void add(const Kernel& kernel, py::handle param, py::handle grad, const py::object* slots, Setting* setting,
-           std::size_t index, const Naming& naming);
+           std::size_t index);
 
-  // No array that is written may share memory with another array of the step.
-  void require_disjoint(const Naming& naming);
+  // Reads all arrays and judges them: each for itself, against its parameter, and that no array that is written shares
+  // memory with another one. Throws before anything is written.
+  void validate(const Naming& naming);
 
   // Releases the interpreter lock while it runs.
   Isa run() const;
 
  private:
+  struct Entry {
+    const Kernel* kernel;
+    py::handle param, grad;
+    const py::object* slots;
+    Setting* setting;
+    std::size_t index;
+  };
+
   struct Interval {
     MemoryRange range;
     std::uint32_t tensor;  // position in this batch
@@ -54,13 +65,18 @@ class Batch {
   };
 
   std::string name(const Interval& interval, const Naming& naming) const {
-    return naming.name(indices_[interval.tensor], interval.stream);
+    return naming.name(entries_[interval.tensor].index, interval.stream);
   }
+  void export_foreign(const Naming& naming);
+  ArrayView view(py::handle object);
+  void read(const Entry& entry, const Naming& naming);
+  void require_disjoint(const Naming& naming);
   void sort_written(const Naming& naming);
   void compare_gradient(const Interval& grad, const Naming& naming, bool& judged_by_element) const;
 
-  std::vector<Tensor> tensors_;
-  std::vector<std::size_t> indices_;
+  std::vector<Entry> entries_;
+  std::vector<Tensor> tensors_;  // of the entries, in their order
+  std::unordered_map<PyObject*, ArrayView> foreign_;
   std::deque<Walk> walks_;
   Keeper keeper_;
 

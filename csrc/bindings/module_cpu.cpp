@@ -103,17 +103,18 @@ class Updater final : public Naming {
  public:
   // `groups`: for each group its rule's name; `recipes`: for each group a callable of t that gives (coefficients,
   // scale, l1, l2, decay) for the t-th step of a parameter of that group; `group_of`: for each parameter its group;
-  // `slots`: for each parameter a tuple of state arrays in the rule's order; `labels`: for each parameter what follows
-  // "params" in messages.
+  // `slots`: for each parameter a tuple of state arrays in the rule's order; the names are those of messages.
   Updater(std::vector<std::string> groups, std::vector<py::object> recipes, std::vector<std::size_t> group_of,
-          const py::list& params, const std::vector<py::tuple>& slots, std::vector<std::string> labels)
+          const py::list& params, const std::vector<py::tuple>& slots, std::vector<std::string> param_names,
+          std::vector<std::string> grad_names)
       : rules_(std::move(groups)),
         recipes_(std::move(recipes)),
         group_of_(std::move(group_of)),
-        labels_(std::move(labels)) {
+        param_names_(std::move(param_names)),
+        grad_names_(std::move(grad_names)) {
     if (recipes_.size() != rules_.size() || group_of_.size() != params.size() || slots.size() != params.size() ||
-        labels_.size() != params.size()) {
-      throw py::value_error("params, slots, labels and group_of, or groups and recipes, differ in length");
+        param_names_.size() != params.size() || grad_names_.size() != params.size()) {
+      throw py::value_error("params and what comes with each, or groups and recipes, differ in length");
     }
     for (std::size_t i = 0; i < params.size(); ++i) {
       if (group_of_[i] >= rules_.size()) throw py::value_error("group_of: no such group");
@@ -128,8 +129,8 @@ class Updater final : public Naming {
   }
 
   std::string name(std::size_t index, std::size_t stream) const override {
-    if (stream == kParam) return "params" + labels_[index];
-    if (stream == kGrad) return "grads" + labels_[index];
+    if (stream == kParam) return param_names_[index];
+    if (stream == kGrad) return grad_names_[index];
     return "state[" + std::to_string(index) + "]['" +
            kernel_named(rules_[group_of_[index]]).slots.data[stream - kFirstSlot] + "']";
   }
@@ -142,9 +143,9 @@ class Updater final : public Naming {
     for (std::size_t i = 0; i < params_.size(); ++i) {
       const bool has_grad = !grads_.empty() && !grads_[i].is_none();
       batch.add(kernel_named(rules_[group_of_[i]]), params_[i], has_grad ? py::handle(grads_[i]) : py::handle(),
-                slots_.data() + first_slot_[i], nullptr, i, *this);
+                slots_.data() + first_slot_[i], nullptr, i);
     }
-    batch.require_disjoint(*this);
+    batch.validate(*this);
     grads_.clear();
   }
 
@@ -163,18 +164,24 @@ class Updater final : public Naming {
     std::size_t k = 0;
     for (const std::size_t i : stepped_) {
       batch_.add(*kernels_[group_of_[i]].kernel, params_[i], grads_[i], slots_.data() + first_slot_[i],
-                 settings_of_[k++], i, *this);
+                 settings_of_[k++], i);
     }
-    batch_.require_disjoint(*this);
+    batch_.validate(*this);
     isa_ = batch_.run();
-    for (const std::size_t i : stepped_) ++counts_[i];
+    for (const std::size_t i : stepped_) std::atomic_ref(counts_[i]).fetch_add(1, std::memory_order_relaxed);
   }
 
-  const std::vector<std::int64_t>& counts() const { return counts_; }
+  std::vector<std::int64_t> counts() {
+    std::vector<std::int64_t> result;
+    for (std::int64_t& count : counts_) result.push_back(std::atomic_ref(count).load(std::memory_order_relaxed));
+    return result;
+  }
   void set_counts(const std::vector<std::int64_t>& counts) {
     const Turn turn(stepping_);
     if (counts.size() != params_.size()) throw py::value_error("counts: one for each parameter is needed");
-    counts_ = counts;
+    for (std::size_t i = 0; i < counts.size(); ++i) {
+      std::atomic_ref(counts_[i]).store(counts[i], std::memory_order_relaxed);
+    }
   }
 
   const char* last_isa() const { return isa_name(isa_); }
@@ -250,7 +257,7 @@ class Updater final : public Naming {
   std::vector<std::string> rules_;
   std::vector<py::object> recipes_;
   std::vector<std::size_t> group_of_;
-  std::vector<std::string> labels_;
+  std::vector<std::string> param_names_, grad_names_;
   std::vector<py::object> params_;
   std::vector<py::object> slots_;
   std::vector<std::size_t> first_slot_;
@@ -304,13 +311,14 @@ void update_owned(const std::string& rule, const std::vector<py::object>& params
   Setting setting = read_setting(BoundKernel(kernel), coefficients, py::float_(scale), py::float_(l1), py::float_(l2),
                                  py::float_(decay));
   Batch batch;
+  std::vector<py::object> by_param;  // the slots of the first parameter, of the second, ...
+  by_param.reserve(params.size() * slots.size());
   for (std::size_t i = 0; i < params.size(); ++i) {
-    if (grads[i].is_none()) continue;
-    py::object own[kMaxSlots];
-    for (std::size_t k = 0; k < slots.size(); ++k) own[k] = slots[k][i];
-    batch.add(kernel, params[i], grads[i], own, &setting, i, naming);
+    const std::size_t first = by_param.size();
+    for (const std::vector<py::object>& slot : slots) by_param.push_back(slot[i]);
+    if (!grads[i].is_none()) batch.add(kernel, params[i], grads[i], by_param.data() + first, &setting, i);
   }
-  batch.require_disjoint(naming);
+  batch.validate(naming);
   batch.run();
 }
 
@@ -361,9 +369,9 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
 
   py::class_<Updater>(m, "Updater")
       .def(py::init<std::vector<std::string>, std::vector<py::object>, std::vector<std::size_t>, const py::list&,
-                    const std::vector<py::tuple>&, std::vector<std::string>>(),
+                    const std::vector<py::tuple>&, std::vector<std::string>, std::vector<std::string>>(),
            py::arg("groups"), py::arg("recipes"), py::arg("group_of"), py::arg("params"), py::arg("slots"),
-           py::arg("labels"))
+           py::arg("param_names"), py::arg("grad_names"))
       .def("check", &Updater::check, py::arg("grads").none(true))
       .def("step", &Updater::step, py::arg("grads"))
       .def_property("counts", &Updater::counts, &Updater::set_counts)

@@ -20,7 +20,8 @@ class Updater:
         group_of: Sequence[int],
         params: list[Any],
         slots: Sequence[tuple[npt.NDArray[Any], ...]],
-        labels: Sequence[str],
+        param_names: Sequence[str],
+        grad_names: Sequence[str],
     ) -> None: ...
     def check(self, grads: Sequence[Any] | None) -> None: ...
     def step(self, grads: Sequence[Any]) -> None: ...

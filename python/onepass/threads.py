@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from numbers import Integral
 
 from onepass import _cpu
 
@@ -39,11 +40,11 @@ def set_num_threads(count: int | None) -> None:
     1
     >>> onepass.set_num_threads(None)
     """
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
+    if count is not None and (isinstance(count, bool) or not isinstance(count, Integral)):
         raise TypeError(f"count: expected an integer from 1 to 1024 or None, got {count!r}")
     if count is not None and not 1 <= count <= 1024:
         raise ValueError(f"count: expected an integer from 1 to 1024 or None, got {count!r}")
-    _cpu.set_num_threads(_default if count is None else count)
+    _cpu.set_num_threads(_default if count is None else int(count))
 
 
 def read_environment() -> None:

@@ -163,6 +163,10 @@ class ParamGroup(MutableMapping[str, Any]):
     def __len__(self) -> int:
         return 1 + len(self._hyper)
 
+    # Two groups are the same only if they are one: comparing as mappings would compare arrays.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={value!r}" for name, value in self._hyper.items())
         return f"ParamGroup({len(self._params)} parameters, {values})"

@@ -114,12 +114,12 @@ class NAG(Optimizer):
         are set now; a schedule is asked for the rate of the parameter's last step.
         """
         flat = []
-        labels = self._structure.labels()
+        names = self._structure.names("params", "['params']")
         groups = [index for index, group in enumerate(self.param_groups) for _ in group["params"]]
         for index, param in enumerate(self._flat):
             hyper = self._hyper[groups[index]]
             # The coefficient with which the velocity enters the parameter.
             mu_v = self.surround(hyper, max(1, self.step_counts[index]))[0]["step_v"]
-            array = _cpu.as_ndarray(param, "params" + labels[index])
+            array = _cpu.as_ndarray(param, names[index])
             flat.append(np.asarray(array + array.dtype.type(mu_v) * self.state[index]["velocity"]))
         return self._structure.rebuild(flat)

@@ -58,7 +58,7 @@ class Optimizer:
     def __init__(self, params: Params, grads: Grads, hyper: Mapping[str, Any]) -> None:
         structure, arrays, overrides = parse_groups(params)
         defaults = hp.checked(hyper)
-        labels = structure.labels()
+        names = structure.names("params", "['params']")
         several = structure.kind == "groups"
 
         flat: list[Any] = []
@@ -77,7 +77,7 @@ class Optimizer:
                     )
             values = hp.checked({**defaults, **own}, prefix)
             rule = self.rule(values)
-            like = [_cpu.as_ndarray(array, "params" + labels[len(flat) + k]) for k, array in enumerate(group)]
+            like = [_cpu.as_ndarray(array, names[len(flat) + k]) for k, array in enumerate(group)]
             dtypes = {array.dtype for array in like}
             hp.require_eps_survives(values, dtypes, prefix)
             slots, start = RULES[rule]["slots"], self._initial_state(values)
@@ -96,7 +96,8 @@ class Optimizer:
             group_of=group_of,
             params=flat,
             slots=[tuple(state.values()) for state in states],
-            labels=labels,
+            param_names=names,
+            grad_names=structure.names("grads"),
         )
         self._bound = None if grads is None else tuple(structure.flatten(grads, "grads"))
         self._updater.check(self._bound)
@@ -250,7 +251,7 @@ class Optimizer:
         groups = self._read_groups(_entries(state_dict, "state_dict", ("optimizer", "param_groups", "state")))
         count = len(self._flat)
         saved = _entries(state_dict["state"], "state", range(count))
-        own = {id(array) for arrays in self._state for array in arrays.values()}
+        own = {id(array.base) for arrays in self._state for array in arrays.values()}
         counts: list[int] = []
         copies: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
         for index, arrays in enumerate(self._state):
@@ -267,10 +268,12 @@ class Optimizer:
                     raise TypeError(f"{label}: expected a NumPy array, got {type(value).__name__}")
                 if value.shape != array.shape:
                     raise ValueError(f"{label}: shape {value.shape} does not match {array.shape}")
+                if not array.flags.writeable:
+                    raise ValueError(f"{label}: this optimizer's own array has been made read-only")
                 if value.dtype != array.dtype:
                     raise TypeError(f"{label}: dtype {value.dtype} does not match {array.dtype}")
-                # One of this optimizer's own arrays may be overwritten before it is read.
-                copies.append((array, value.copy() if id(value) in own and value is not array else value))
+                # One of this optimizer's own arrays, or a view of one, may be overwritten before it is read.
+                copies.append((array, value.copy() if id(value.base) in own else value))
         # Counts first: it alone can still fail, while this optimizer is in the middle of a step.
         self._updater.counts = counts
         for array, value in copies:

@@ -66,15 +66,18 @@ class Structure:
             start += child.size
         return parts
 
-    def labels(self, prefix: str = "") -> list[str]:
-        """What follows the argument's name in messages, for each array: ``[3] ('fc1.weight')``."""
+    def names(self, prefix: str, member: str = "") -> list[str]:
+        """What each array is called in messages: ``grads[3] ('fc1.weight')``.
+
+        `member` is what leads from a group to its arrays.
+        """
         if self.kind == "array":
             return [prefix]
         if self.kind == "sequence":
             return [f"{prefix}[{index}]" for index in range(self.size)]
         if self.kind == "dict":
             return [f"{prefix}[{index}] ({key!r})" for index, key in enumerate(self.keys)]
-        return [label for index, child in enumerate(self.children) for label in child.labels(f"{prefix}[{index}]")]
+        return [name for index, child in enumerate(self.children) for name in child.names(f"{prefix}[{index}]{member}")]
 
 
 def parse(params: Any, name: str) -> tuple[Structure, list[Any]]:
