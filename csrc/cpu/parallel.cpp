@@ -1,6 +1,7 @@
 #include "cpu/parallel.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cmath>
@@ -11,6 +12,7 @@
 #include <string>
 #include <system_error>
 #include <thread>
+#include <vector>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -25,18 +27,46 @@
 namespace onepass {
 namespace {
 
+#if defined(__linux__)
+// The CPUs that the calling thread may run on.
+class CpuMask {
+ public:
+  static CpuMask of_this_thread() {
+    CpuMask mask;
+    if (sched_getaffinity(0, sizeof mask.words_, mask.set()) != 0) CPU_ZERO_S(sizeof mask.words_, mask.set());
+    return mask;
+  }
+  std::size_t count() { return static_cast<std::size_t>(CPU_COUNT_S(sizeof words_, set())); }
+  CpuMask without(int cpu) const {
+    CpuMask mask = *this;
+    if (cpu >= 0) CPU_CLR_S(static_cast<std::size_t>(cpu), sizeof words_, mask.set());
+    return mask;
+  }
+  void apply(pthread_t thread) { pthread_setaffinity_np(thread, sizeof words_, set()); }
+  bool operator==(const CpuMask&) const = default;
+
+ private:
+  cpu_set_t* set() { return reinterpret_cast<cpu_set_t*>(words_.data()); }
+  std::array<unsigned long, 256> words_{};  // 16384 CPUs
+};
+
+std::size_t affine_cpus() { return std::max<std::size_t>(1, CpuMask::of_this_thread().count()); }
+#else
+std::size_t affine_cpus() { return std::max<std::size_t>(1, std::thread::hardware_concurrency()); }
+#endif
+
+// The parts that one thread takes first. Each step divides its work in the same way, so a thread finds in its caches
+// what it left there at the last step; what a thread does not get to, the others take over.
+struct alignas(64) Lane {
+  std::atomic<std::size_t> next{0};
+  std::size_t end = 0;
+};
+
 struct Job {
   void (*body)(void*, std::size_t);
   void* context;
   std::size_t parts;
-  std::atomic<std::size_t> next{0};
-
-  void work() {
-    for (std::size_t part = next.fetch_add(1, std::memory_order_relaxed); part < parts;
-         part = next.fetch_add(1, std::memory_order_relaxed)) {
-      body(context, part);
-    }
-  }
+  std::size_t threads;
 };
 
 // Waking a sleeping thread takes 25 to 40 us on a virtual machine, half of what a step of a million floats takes. So a
@@ -57,70 +87,113 @@ void spin_while(Condition condition) {
 class Pool {
  public:
   // False, and nothing done, if the pool serves another caller.
-  bool run(std::size_t threads, Job& job) {
+  bool run(Job job) {
     const std::unique_lock<std::mutex> caller(callers_, std::try_to_lock);
     if (!caller.owns_lock()) return false;
     {
       const std::scoped_lock lock(mutex_);
-      grow(threads - 1);
-      job_ = &job;
-      seats_ = std::min(threads - 1, workers_);
+      grow(job.threads - 1);
+      place(job.threads);
+      if (job.threads > lanes_.size()) lanes_ = std::vector<Lane>(job.threads);
+      for (std::size_t t = 0; t < job.threads; ++t) {
+        lanes_[t].next.store(job.parts * t / job.threads, std::memory_order_relaxed);
+        lanes_[t].end = job.parts * (t + 1) / job.threads;
+      }
+      job_ = job;
+      open_ = true;
+      announced_.fetch_add(1, std::memory_order_release);
     }
-    announced_.fetch_add(1, std::memory_order_release);
     wake_.notify_all();
-    job.work();
+    work(0);
     std::unique_lock<std::mutex> lock(mutex_);
-    job_ = nullptr;  // a worker that wakes from here on takes no seat
-    seats_ = 0;
-    if (active_ > 0) {
+    open_ = false;  // a worker that wakes from here on does not join
+    if (active_ > 0 && spins_) {
       lock.unlock();
       spin_while([this] { return active_ > 0; });
       lock.lock();
-      done_.wait(lock, [this] { return active_ == 0; });
     }
+    done_.wait(lock, [this] { return active_ == 0; });
     return true;
   }
 
  private:
+  void work(std::size_t thread) {
+    for (std::size_t k = 0; k < job_.threads; ++k) {
+      Lane& lane = lanes_[(thread + k) % job_.threads];
+      for (std::size_t part = lane.next++; part < lane.end; part = lane.next++) job_.body(job_.context, part);
+    }
+  }
+
   void grow(std::size_t wanted) {
     while (workers_ < wanted) {
       try {
-        std::thread([this] { serve(); }).detach();
+        std::thread worker([this, thread = workers_ + 1] { serve(thread); });
+        handles_.push_back(worker.native_handle());
+        worker.detach();
       } catch (const std::system_error&) {
         return;  // the machine gives no more threads: those that there are share the work
       }
       ++workers_;
+      placed_ = false;
     }
   }
 
-  void serve() {
+  // Workers go where the caller may go, and not where it is: a scheduler that wakes a worker on its waker's CPU, and
+  // balances later, makes two threads slower than one (SGD over a million floats, 2 CPUs: 103 us, and 53 with this).
+  void place(std::size_t threads) {
+#if defined(__linux__)
+    CpuMask allowed = CpuMask::of_this_thread();
+    const int cpu = sched_getcpu();
+    const bool room = threads <= allowed.count();
+    if (placed_ && cpu == caller_cpu_ && room == spins_ && allowed == allowed_) return;
+    CpuMask mask = room ? allowed.without(cpu) : allowed;
+    for (const pthread_t handle : handles_) mask.apply(handle);
+    allowed_ = allowed;
+    caller_cpu_ = cpu;
+    spins_ = room;
+    placed_ = true;
+#else
+    spins_ = threads <= affine_cpus();
+#endif
+  }
+
+  void serve(std::size_t thread) {
+    std::size_t seen = 0;
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      if (seats_ == 0) {
-        const std::size_t seen = announced_;
+      const auto invited = [this, thread, &seen] { return open_ && announced_ != seen && thread < job_.threads; };
+      if (!invited() && spins_) {
+        const std::size_t before = announced_;
         lock.unlock();
-        spin_while([this, seen] { return announced_ == seen; });
+        spin_while([this, before] { return announced_ == before; });
         lock.lock();
       }
-      wake_.wait(lock, [this] { return seats_ > 0; });
-      --seats_;
+      wake_.wait(lock, invited);
+      seen = announced_;
       ++active_;
-      Job& job = *job_;
       lock.unlock();
-      job.work();
+      work(thread);
       lock.lock();
       if (--active_ == 0) done_.notify_one();
     }
   }
 
   std::mutex callers_;  // held by the one caller that is served
-  std::mutex mutex_;    // guards what follows
+  std::mutex mutex_;    // guards what follows; job and lanes change only while no worker is active
   std::condition_variable wake_;
   std::condition_variable done_;
-  Job* job_ = nullptr;
-  std::size_t seats_ = 0;  // workers that may still join the job
+  Job job_{};
+  std::vector<Lane> lanes_;
+  bool open_ = false;  // for workers to join the job
   std::size_t workers_ = 0;
-  std::atomic<std::size_t> active_{0};     // workers that have joined and not yet left the job; written under mutex_
+  std::vector<std::thread::native_handle_type> handles_;
+  bool placed_ = false;  // the workers' CPUs are those for `allowed_` and `caller_cpu_`
+  bool spins_ = false;   // a CPU for each thread: looking out for work takes it from nobody
+#if defined(__linux__)
+  CpuMask allowed_;
+  int caller_cpu_ = -1;
+#endif
+  std::atomic<std::size_t> active_{0};     // workers that have joined and not yet left the job
   std::atomic<std::size_t> announced_{0};  // jobs so far
 };
 
@@ -166,19 +239,6 @@ std::size_t cgroup_quota() {
   return unlimited;
 }
 
-std::size_t affine_cpus() {
-#if defined(__linux__)
-  constexpr int most = 1 << 14;
-  if (cpu_set_t* const set = CPU_ALLOC(most)) {
-    const std::size_t size = CPU_ALLOC_SIZE(most);
-    const int count = sched_getaffinity(0, size, set) == 0 ? CPU_COUNT_S(size, set) : 0;
-    CPU_FREE(set);
-    if (count > 0) return static_cast<std::size_t>(count);
-  }
-#endif
-  return std::max<std::size_t>(1, std::thread::hardware_concurrency());
-}
-
 }  // namespace
 
 std::size_t usable_cpus() {
@@ -194,15 +254,14 @@ std::size_t thread_count() {
 void set_thread_count(std::size_t count) { chosen_threads.store(count, std::memory_order_relaxed); }
 
 void parallel_for(std::size_t threads, std::size_t parts, void (*body)(void*, std::size_t), void* context) {
-  Job job{body, context, parts};
   threads = std::min(threads, parts);
   if (threads > 1 && !inside_parallel_for) {
     inside_parallel_for = true;
-    const bool served = pool().run(threads, job);
+    const bool served = pool().run({body, context, parts, threads});
     inside_parallel_for = false;
     if (served) return;
   }
-  job.work();
+  for (std::size_t part = 0; part < parts; ++part) body(context, part);
 }
 
 }  // namespace onepass
