@@ -3,12 +3,14 @@ from __future__ import annotations
 import pytest
 
 import onepass
+from onepass import _cpu
 
 
 @pytest.fixture(autouse=True)
 def _same_machine_after_each_test():
     """Whatever a test chose, the next one finds the instruction set and the thread count as they were."""
-    isa = onepass.isa()
+    isa, serial_bytes = onepass.isa(), _cpu.serial_bytes()
     yield
+    _cpu.set_serial_bytes(serial_bytes)
     onepass.set_isa(isa)
     onepass.set_num_threads(None)

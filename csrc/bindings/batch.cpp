@@ -246,8 +246,8 @@ void Batch::sort_written(const Naming& naming) {
 Isa Batch::run() const {
   std::size_t bytes = 0;
   for (const Tensor& tensor : tensors_) bytes += traffic(tensor);
-  if (bytes < kReleaseBytes) return update(tensors_, 1);
-  const std::size_t threads = bytes < kSerialBytes ? 1 : thread_count();
+  const std::size_t threads = bytes < serial_bytes() ? 1 : thread_count();
+  if (threads == 1 && bytes < kReleaseBytes) return update(tensors_, 1);
   PyThreadState* const state = PyEval_SaveThread();
   Isa isa = Isa::scalar;
   try {

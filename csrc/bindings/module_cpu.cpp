@@ -396,6 +396,8 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
     return names;
   });
   m.def("set_isa", [](const std::string& name) { set_isa(name); }, py::arg("name"));
+  m.def("serial_bytes", &serial_bytes);
+  m.def("set_serial_bytes", &set_serial_bytes, py::arg("count"));
   m.def("get_num_threads", &thread_count);
   m.def("set_num_threads", &set_thread_count, py::arg("count"));
 }

@@ -68,6 +68,8 @@ Isa update_part(const Tensor& tensor, std::size_t first, std::size_t count) {
   return tensor.walk == nullptr ? update_direct(tensor, first, count) : update_gathered(tensor, first, count);
 }
 
+std::atomic<std::size_t> least_parallel_bytes{std::size_t{4} << 20};
+
 struct Parts {
   std::span<const Tensor> tensors;
   std::span<const Extent> extents;
@@ -82,10 +84,13 @@ std::size_t traffic(const Tensor& tensor) {
   return streams * info(tensor.dtype).itemsize * tensor.count;
 }
 
+std::size_t serial_bytes() { return least_parallel_bytes.load(std::memory_order_relaxed); }
+void set_serial_bytes(std::size_t bytes) { least_parallel_bytes.store(bytes, std::memory_order_relaxed); }
+
 Isa update(std::span<const Tensor> tensors, std::size_t threads) {
   std::size_t total = 0;
   for (const Tensor& tensor : tensors) total += traffic(tensor);
-  if (threads <= 1 || total < kSerialBytes) {
+  if (threads <= 1 || total == 0 || total < serial_bytes()) {
     const FloatMode mode;
     Isa isa = active_kernels().isa;
     for (const Tensor& tensor : tensors) {

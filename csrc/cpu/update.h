@@ -31,9 +31,10 @@ struct Tensor {
 // Bytes that a step over this tensor reads and writes.
 std::size_t traffic(const Tensor& tensor);
 
-// Below this many bytes a step runs on the calling thread: waking a worker costs 5 to 30 us, and one core moves a
-// megabyte in about 25.
-inline constexpr std::size_t kSerialBytes = std::size_t{1} << 20;
+// A step of fewer bytes runs on the calling thread. Adam on 2 CPUs: a single step after a pause, when workers sleep,
+// breaks even at 5 MB (4 MB: 77 us alone, 84 in two); steps back to back at 1 MB (4 MB: 31 us and 23).
+std::size_t serial_bytes();
+void set_serial_bytes(std::size_t bytes);  // 0: every step is divided, as tests want it
 
 // Updates all tensors. Arrays that are written must not overlap with any other array of the step. Bits do not depend on
 // `threads`. Returns the instruction set of the kernels that ran (of the active table, if there was nothing to do).

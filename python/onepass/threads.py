@@ -11,7 +11,7 @@ _default = 0  # for _cpu: as many as there are CPUs to use
 
 
 def get_num_threads() -> int:
-    """The number of threads that a step of more than about a megabyte uses, the calling one included.
+    """The number of threads that a step of more than about 4 MB of memory traffic uses, the calling one included.
 
     By default that is the value of the environment variable ``ONEPASS_NUM_THREADS`` at import, or else the number of
     CPUs that the process may use: its affinity mask, asked anew at each step, capped by its cgroup's quota.
