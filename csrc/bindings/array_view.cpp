@@ -41,6 +41,11 @@ bool is_masked(py::handle array) {
   throw ArgumentError(Kind::type, what + " failed: " + std::string(py::str(error.value())));
 }
 
+void count_elements(ArrayView& view) {
+  view.count = 1;
+  for (const std::ptrdiff_t length : view.shape) view.count *= static_cast<std::size_t>(length);
+}
+
 ArrayView view_numpy(py::handle object) {
   const auto* array = py::detail::array_proxy(object.ptr());
   const auto* descr = py::detail::array_descriptor_proxy(array->descr);
@@ -181,25 +186,28 @@ void Keeper::clear() {
 
 bool is_numpy_array(py::handle object) { return PyObject_TypeCheck(object.ptr(), ndarray_type()) != 0; }
 
+ArrayView view_numpy_array(py::handle object) {
+  if (Py_TYPE(object.ptr()) != ndarray_type() && is_masked(object)) {
+    throw ArgumentError(Kind::type, "is a masked array, whose mask an update would ignore; pass its .data");
+  }
+  ArrayView view = view_numpy(object);
+  count_elements(view);
+  return view;
+}
+
 ArrayView view_array(py::handle object, Keeper& keeper) {
-  ArrayView view;
-  if (is_numpy_array(object)) {
-    if (Py_TYPE(object.ptr()) != ndarray_type() && is_masked(object)) {
-      throw ArgumentError(Kind::type, "is a masked array, whose mask an update would ignore; pass its .data");
-    }
-    view = view_numpy(object);
-  } else if (py::hasattr(object, "__cuda_array_interface__")) {
+  if (is_numpy_array(object)) return view_numpy_array(object);
+  if (py::hasattr(object, "__cuda_array_interface__")) {
     throw ArgumentError(Kind::type,
                         "is on a CUDA device, and this build of onepass has no CUDA kernels; pass host arrays");
-  } else if (!PyType_Check(object.ptr()) && py::hasattr(object, "__dlpack__")) {
-    view = view_dlpack(object, keeper);
-  } else {
+  }
+  if (PyType_Check(object.ptr()) != 0 || !py::hasattr(object, "__dlpack__")) {
     const bool scalar = py::isinstance(object, py::module_::import("numpy").attr("generic"));
     throw ArgumentError(Kind::type, "expected a NumPy array or an object with __dlpack__, got " + type_name(object) +
                                         (scalar ? ", which is a NumPy scalar and no array" : ""));
   }
-  view.count = 1;
-  for (const std::ptrdiff_t length : view.shape) view.count *= static_cast<std::size_t>(length);
+  ArrayView view = view_dlpack(object, keeper);
+  count_elements(view);
   return view;
 }
 

@@ -70,6 +70,7 @@ bool is_numpy_array(py::handle object);
 
 // Throws ArgumentError for anything but a host array of a supported dtype.
 ArrayView view_array(py::handle object, Keeper& keeper);
+ArrayView view_numpy_array(py::handle object);  // of what is known to be a NumPy array
 
 // Throws ArgumentError unless the array can be written in place: writable and dense in memory.
 void require_updatable(const ArrayView& view);

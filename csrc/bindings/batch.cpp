@@ -53,7 +53,9 @@ void require_finite(const Kernel& kernel, Setting& setting, DType dtype) {
 }
 
 void require_match(const ArrayView& view, const ArrayView& param) {
-  if (!std::ranges::equal(view.shape, param.shape)) {
+  bool same_shape = view.shape.size() == param.shape.size();
+  for (std::size_t a = 0; same_shape && a < param.shape.size(); ++a) same_shape = view.shape[a] == param.shape[a];
+  if (!same_shape) {
     throw ArgumentError(
         Kind::value, "shape " + shape_text(view.shape) + " does not match its parameter's " + shape_text(param.shape));
   }
@@ -118,8 +120,16 @@ void Batch::export_foreign(const Naming& naming) {
 }
 
 ArrayView Batch::view(py::handle object) {
-  if (is_numpy_array(object)) return view_array(object, keeper_);
-  return foreign_.at(object.ptr());
+  if (foreign_.empty()) return view_numpy_array(object);
+  const auto found = foreign_.find(object.ptr());
+  return found != foreign_.end() ? found->second : view_numpy_array(object);
+}
+
+void Batch::note(std::vector<Interval>& intervals, const ArrayView& view, std::uint32_t tensor, std::size_t stream) {
+  Interval& interval = intervals.emplace_back();
+  interval.range = memory_range(view);
+  interval.tensor = tensor;
+  interval.stream = static_cast<std::uint32_t>(stream);
 }
 
 void Batch::read(const Entry& entry, const Naming& naming) {
@@ -145,7 +155,7 @@ void Batch::read(const Entry& entry, const Naming& naming) {
   tensor.dtype = p.dtype;
   tensor.count = p.count;
   tensor.streams.param = p.data;
-  written_.push_back({memory_range(p), position, kParam});
+  note(written_, p, position, kParam);
   for (std::size_t k = 0; k < kernel.slots.count; ++k) {
     named(naming, index, kFirstSlot + k, [&] {
       const ArrayView slot = view(entry.slots[k]);
@@ -153,7 +163,7 @@ void Batch::read(const Entry& entry, const Naming& naming) {
       require_match(slot, p);
       tensor.streams.slots[k] = slot.data;
       walk_if_needed(slot, kFirstSlot + k);
-      written_.push_back({memory_range(slot), position, static_cast<std::uint32_t>(kFirstSlot + k)});
+      note(written_, slot, position, kFirstSlot + k);
     });
   }
   if (entry.grad) {
@@ -162,7 +172,7 @@ void Batch::read(const Entry& entry, const Naming& naming) {
       require_match(g, p);
       tensor.streams.grad = g.data;
       walk_if_needed(g, kGrad);
-      grads_.push_back({memory_range(g), position, kGrad});
+      note(grads_, g, position, kGrad);
     });
   }
   if (entry.setting != nullptr) {

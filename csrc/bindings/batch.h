@@ -69,6 +69,7 @@ class Batch {
   }
   void export_foreign(const Naming& naming);
   ArrayView view(py::handle object);
+  static void note(std::vector<Interval>& intervals, const ArrayView& view, std::uint32_t tensor, std::size_t stream);
   void read(const Entry& entry, const Naming& naming);
   void require_disjoint(const Naming& naming);
   void sort_written(const Naming& naming);
