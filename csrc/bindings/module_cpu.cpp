@@ -173,6 +173,7 @@ class Updater final : public Naming {
 
   std::vector<std::int64_t> counts() {
     std::vector<std::int64_t> result;
+    result.reserve(counts_.size());
     for (std::int64_t& count : counts_) result.push_back(std::atomic_ref(count).load(std::memory_order_relaxed));
     return result;
   }
@@ -350,7 +351,7 @@ py::object state_like(const py::array& param, double value) {
   const auto nbytes = static_cast<py::ssize_t>(view.count * view.itemsize());
   // NumPy's own allocation: zeros that cost nothing until they are touched, and huge pages.
   const auto memory = numpy.attr("zeros")(nbytes + static_cast<py::ssize_t>(2 * kCacheLine), "u1").cast<py::array>();
-  auto* const start = static_cast<std::byte*>(const_cast<void*>(memory.data()));  // NOLINT(*-const-cast)
+  const auto* const start = static_cast<const std::byte*>(memory.data());
   const auto shift = reinterpret_cast<std::uintptr_t>(view.data) - reinterpret_cast<std::uintptr_t>(start);
   const std::vector<py::ssize_t> shape(view.shape.begin(), view.shape.end());
   const std::vector<py::ssize_t> strides(view.strides.begin(), view.strides.end());

@@ -17,7 +17,7 @@ typename Rule::template Coefs<S> round_coefficients(const double* given) {
   constexpr std::size_t count = Rule::coefficients.count;
   S rounded[count] = {};
   for (std::size_t k = 0; k < count; ++k) {
-    rounded[k] = static_cast<S>(given[k]);  // NOLINT(clang-analyzer-security.ArrayBound): it cannot read `count`
+    rounded[k] = static_cast<S>(given[k]);
   }
   Coefs coefs{};
   __builtin_memcpy(&coefs, rounded, sizeof coefs);
