@@ -279,3 +279,16 @@ def test_arrays_begin_at_a_cache_line() -> None:
 )
 def test_seconds_have_three_digits(seconds: float | None, text: str) -> None:
     assert method.format_seconds(seconds) == text
+
+
+def test_readme_shows_the_figures_of_the_last_run():
+    command = [sys.executable, str(BENCH / "summary.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_results_are_of_a_clean_commit():
+    results = json.loads((BENCH / "results" / "optimizers.json").read_text())
+    assert not results["environment"]["quick"]
+    assert "dirty" not in results["environment"]["commit"]
+    assert not any(row["failed"] for row in results["rows"])

@@ -13,11 +13,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import onepass
 from helpers import CLASSES
-from onepass import _cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -129,16 +129,13 @@ def test_page_lists_every_hyper_parameter_with_its_default(cls):
 
 
 def test_readme_lists_states_and_traffic():
-    rules = {row["name"]: row for row in _cpu.registry()}
     found = set()
     for name, _, states, traffic in (row for row in rows(text_of(ROOT / "README.md")) if len(row) == 4):
         if not traffic.isdigit():
             continue
         link, call, options = re.fullmatch(r"\[(\w+)\]\(\S+\)|(\w+)\((.*)\)", name).groups()
         cls = getattr(onepass, link or call)
-        hyper = {key: p.default for key, p in inspect.signature(cls).parameters.items()}
-        hyper.update(eval(f"dict({options or ''})"))
-        slots = rules[cls.rule(hyper)]["slots"]
+        slots = tuple(cls(np.zeros(2), **eval(f"dict({options or ''})")).state[0])
         assert states == (", ".join(slots) or "none")
         assert int(traffic) == 4 * (3 + 2 * len(slots))
         found.add(cls)

@@ -375,7 +375,7 @@ BAD_STEPS = [
 @pytest.mark.parametrize(("step", "error"), BAD_STEPS, ids=lambda value: getattr(value, "__name__", repr(value)))
 @every_function
 def test_bad_step(form, step, error):
-    expect(error, r"^step: expected an integer >= 1, got ", form, *ready(form), step=step)
+    expect(error, r"^step: expected an integer from 1 to 2\*\*62, got ", form, *ready(form), step=step)
 
 
 @every_function

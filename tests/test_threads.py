@@ -13,10 +13,19 @@ import pytest
 
 import onepass
 from helpers import CASES, Snapshot, assert_equal_optimizers, assert_moved, assert_same_bits, copied, make, numbers
+from onepass import _cpu
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="fork, and paths of a POSIX system")
 
-LARGE = 1 << 19  # elements: several megabytes of traffic, so that threads are used and the interpreter lock is released
+LARGE = 1 << 19  # elements: 6 MB of traffic and more, so that threads are used and the interpreter lock is released
+
+
+@pytest.fixture(autouse=True)
+def _divide_every_step():
+    """Smaller ones are divided among the threads too; conftest.py restores the limit."""
+    _cpu.set_serial_bytes(0)
+
+
 RULE_CASES = ("SGD", "Momentum", "AdaSqrt", "RMSprop-centered-momentum", "Adam", "AMSGrad")
 
 

@@ -171,8 +171,8 @@ def kernel_step(rule: str, data: Data) -> Step:
     setting = ({name: COEFFICIENTS.get(name, 0.5) for name in coefficients}, 1.0, 0.0, 0.0, 1.0)
     names = [f"[{index}]" for index in range(len(data.params))]
     group_of = [0] * len(data.params)
-    updater = _cpu.Updater([rule], [lambda t: setting], group_of, data.params, data.slots, names, names)
-    return functools.partial(updater.step, data.grads)
+    updater = _cpu.Updater([rule], group_of, data.params, data.slots, names, names)
+    return functools.partial(updater.step, data.grads, [lambda t: setting])
 
 
 def traffic_step(data: Data) -> Step:

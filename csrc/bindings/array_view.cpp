@@ -11,6 +11,8 @@ namespace {
 
 using Kind = ArgumentError::Kind;
 
+constexpr const char* kOnCuda = "is on a CUDA device, and this build of onepass has no CUDA kernels; pass host arrays";
+
 PyTypeObject* ndarray_type() {
   static PyTypeObject* const type = py::detail::npy_api::get().PyArray_Type_;
   return type;
@@ -31,8 +33,11 @@ std::string type_name(py::handle object) { return py::str(py::type::handle_of(ob
 
 bool is_masked(py::handle array) {
   // A masked array is an ndarray whose mask an update would ignore.
+  // By the type alone: isinstance() would ask the array for its __class__, and run whatever that is.
   const py::object module = py::module_::import("sys").attr("modules").attr("get")("numpy.ma");
-  return !module.is_none() && py::isinstance(array, module.attr("MaskedArray"));
+  if (module.is_none()) return false;
+  const py::object masked = module.attr("MaskedArray");
+  return PyObject_TypeCheck(array.ptr(), reinterpret_cast<PyTypeObject*>(masked.ptr())) != 0;
 }
 
 // What an array's own method raised, as an ArgumentError; an interrupt or a lack of memory is nobody's argument.
@@ -96,18 +101,35 @@ std::int32_t device_type(py::handle object) {
   }
 }
 
-ArrayView view_dlpack(py::handle object, Keeper& keeper) {
-  if (py::hasattr(object, "__dlpack_device__")) {
-    // Asked first: an export from a device would synchronize it.
-    const std::int32_t device = device_type(object);
-    if (device != dlpack::kCpu && device != dlpack::kCudaHost) {
-      throw ArgumentError(
-          Kind::type,
-          device == dlpack::kCuda || device == dlpack::kCudaManaged
-              ? "is on a CUDA device, and this build of onepass has no CUDA kernels; pass host arrays"
-              : "is on a device (DLPack type " + std::to_string(device) + ") that onepass does not support");
+void require_host(std::int32_t device) {
+  if (device == dlpack::kCpu || device == dlpack::kCudaHost) return;
+  throw ArgumentError(
+      Kind::type, device == dlpack::kCuda || device == dlpack::kCudaManaged
+                      ? kOnCuda
+                      : "is on a device (DLPack type " + std::to_string(device) + ") that onepass does not support");
+}
+
+// torch exports the memory of a lazily negated or conjugated tensor as it is: its numbers have another sign.
+void require_plain_memory(py::handle object) {
+  for (const char* lazy : {"is_neg", "is_conj"}) {
+    if (!py::hasattr(object, lazy)) continue;
+    bool set = false;
+    try {
+      set = py::bool_(object.attr(lazy)());
+    } catch (const py::error_already_set& error) {
+      rethrow(error, type_name(object) + "." + lazy + "()");
+    }
+    if (set) {
+      throw ArgumentError(Kind::value, std::string(lazy) + "() is true of it: its memory does not hold its numbers; " +
+                                           "pass .resolve_neg() or .resolve_conj()");
     }
   }
+}
+
+ArrayView view_dlpack(py::handle object, Keeper& keeper) {
+  // Asked first: an export from a device would synchronize it.
+  if (py::hasattr(object, "__dlpack_device__")) require_host(device_type(object));
+  require_plain_memory(object);
   py::object capsule;
   try {
     capsule = export_dlpack(object);
@@ -131,6 +153,8 @@ ArrayView view_dlpack(py::handle object, Keeper& keeper) {
   } else {
     throw ArgumentError(Kind::type, type_name(object) + ".__dlpack__() returned no DLPack capsule");
   }
+  require_host(tensor->device.type);
+  if (tensor->ndim < 0) throw ArgumentError(Kind::value, "exports a DLPack tensor of negative dimensions");
   const dlpack::DataType type = tensor->dtype;
   if (type.code == dlpack::kFloat && type.lanes == 1 && type.bits == 32) {
     view.dtype = DType::float32;
@@ -198,8 +222,7 @@ ArrayView view_numpy_array(py::handle object) {
 ArrayView view_array(py::handle object, Keeper& keeper) {
   if (is_numpy_array(object)) return view_numpy_array(object);
   if (py::hasattr(object, "__cuda_array_interface__")) {
-    throw ArgumentError(Kind::type,
-                        "is on a CUDA device, and this build of onepass has no CUDA kernels; pass host arrays");
+    throw ArgumentError(Kind::type, kOnCuda);
   }
   if (PyType_Check(object.ptr()) != 0 || !py::hasattr(object, "__dlpack__")) {
     const bool scalar = py::isinstance(object, py::module_::import("numpy").attr("generic"));

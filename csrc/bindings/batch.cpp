@@ -183,33 +183,38 @@ void Batch::read(const Entry& entry, const Naming& naming) {
   tensors_.push_back(tensor);
 }
 
+const Batch::Interval* Batch::first_written_in(const MemoryRange& range) const {
+  // The first written range that ends behind the beginning of this one.
+  const auto found =
+      std::ranges::upper_bound(sorted_, range.begin, {}, [](const Interval& interval) { return interval.range.end; });
+  return found != sorted_.end() && found->range.meets(range) ? &*found : nullptr;
+}
+
 void Batch::compare_gradient(const Interval& grad, const Naming& naming, bool& judged_by_element) const {
-  // The first written range that ends behind the gradient's beginning, and those that follow while they meet it.
-  auto candidate = std::ranges::upper_bound(sorted_, grad.range.begin, {},
-                                            [](const Interval& interval) { return interval.range.end; });
-  for (; candidate != sorted_.end() && candidate->range.meets(grad.range); ++candidate) {
-    const Tensor& tensor = tensors_[grad.tensor];
-    bool overlap = true;
-    if (tensor.walk != nullptr && tensor.walk->gather[0]) {
-      // A strided gradient may lie around what is written without touching it: compare element by element.
-      judged_by_element = true;
-      overlap = false;
-      const std::size_t itemsize = info(tensor.dtype).itemsize;
-      const auto base = reinterpret_cast<std::uintptr_t>(tensor.streams.grad);
-      for_each_run(tensor.walk->axes[0], 0, tensor.count,
-                   [&](std::ptrdiff_t offset, std::size_t run, std::ptrdiff_t stride) {
-                     for (std::size_t k = 0; k < run; ++k) {
-                       const std::uintptr_t at =
-                           base + static_cast<std::uintptr_t>(offset + static_cast<std::ptrdiff_t>(k) * stride);
-                       overlap = overlap || candidate->range.meets({at, at + itemsize});
-                     }
-                   });
-    }
-    if (overlap) {
-      throw py::value_error(name(grad, naming) + ": overlaps " + name(*candidate, naming) +
-                            " in memory, which the step writes");
-    }
+  const Interval* written = first_written_in(grad.range);
+  if (written == nullptr) return;
+  const Tensor& tensor = tensors_[grad.tensor];
+  if (tensor.walk != nullptr && tensor.walk->gather[0]) {
+    // A strided gradient may lie around what is written without touching it: compare runs, and within them elements.
+    judged_by_element = true;
+    written = nullptr;
+    const std::size_t itemsize = info(tensor.dtype).itemsize;
+    const auto base = reinterpret_cast<std::uintptr_t>(tensor.streams.grad);
+    const auto visit = [&](std::ptrdiff_t offset, std::size_t run, std::ptrdiff_t stride) {
+      const std::uintptr_t first = base + static_cast<std::uintptr_t>(offset);
+      const std::uintptr_t last = first + static_cast<std::uintptr_t>(static_cast<std::ptrdiff_t>(run - 1) * stride);
+      const MemoryRange range{std::min(first, last), std::max(first, last) + itemsize};
+      if (written != nullptr || first_written_in(range) == nullptr) return;
+      for (std::size_t k = 0; k < run && written == nullptr; ++k) {
+        const std::uintptr_t at = first + static_cast<std::uintptr_t>(static_cast<std::ptrdiff_t>(k) * stride);
+        written = first_written_in({at, at + itemsize});
+      }
+    };
+    for_each_run(tensor.walk->axes[0], 0, tensor.count, visit);
+    if (written == nullptr) return;
   }
+  throw py::value_error(name(grad, naming) + ": overlaps " + name(*written, naming) +
+                        " in memory, which the step writes");
 }
 
 void Batch::require_disjoint(const Naming& naming) {
@@ -256,8 +261,8 @@ void Batch::sort_written(const Naming& naming) {
 Isa Batch::run() const {
   std::size_t bytes = 0;
   for (const Tensor& tensor : tensors_) bytes += traffic(tensor);
-  const std::size_t threads = bytes < serial_bytes() ? 1 : thread_count();
-  if (threads == 1 && bytes < kReleaseBytes) return update(tensors_, 1);
+  if (bytes < kReleaseBytes && bytes < serial_bytes()) return update(tensors_, 1);
+  const std::size_t threads = thread_count();
   PyThreadState* const state = PyEval_SaveThread();
   Isa isa = Isa::scalar;
   try {

@@ -73,6 +73,7 @@ class Batch {
   void read(const Entry& entry, const Naming& naming);
   void require_disjoint(const Naming& naming);
   void sort_written(const Naming& naming);
+  const Interval* first_written_in(const MemoryRange& range) const;
   void compare_gradient(const Interval& grad, const Naming& naming, bool& judged_by_element) const;
 
   std::vector<Entry> entries_;

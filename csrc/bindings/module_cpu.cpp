@@ -2,8 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cstdint>
+#include <deque>
 #include <map>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -43,7 +47,9 @@ double number(py::handle value, const char* what) {
   const double result = PyFloat_AsDouble(value.ptr());
   if (result == -1.0 && PyErr_Occurred() != nullptr) {
     const py::error_already_set error;
-    throw py::type_error(std::string(what) + ": expected a number, got " + std::string(py::repr(value)));
+    if (!error.matches(PyExc_TypeError)) throw error;
+    throw py::type_error(std::string(what) + ": expected a number, got " +
+                         std::string(py::str(py::type::handle_of(value).attr("__name__"))));
   }
   return result;
 }
@@ -66,8 +72,15 @@ Setting read_setting(const BoundKernel& bound, py::handle coefficients, py::hand
   Setting setting{};
   if (PyDict_Check(coefficients.ptr()) == 0) throw py::type_error("coefficients: expected a dict");
   for (std::size_t k = 0; k < kernel.coefficients.count; ++k) {
-    PyObject* const value = PyDict_GetItemWithError(coefficients.ptr(), bound.keys[k].ptr());
-    if (value == nullptr) {
+#if PY_VERSION_HEX >= 0x030D0000
+    PyObject* found = nullptr;
+    PyDict_GetItemRef(coefficients.ptr(), bound.keys[k].ptr(), &found);
+    const auto value = py::reinterpret_steal<py::object>(found);
+#else
+    const auto value =
+        py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(coefficients.ptr(), bound.keys[k].ptr()));
+#endif
+    if (!value) {
       if (PyErr_Occurred() != nullptr) throw py::error_already_set();
       throw py::key_error(std::string(kernel.rule) + " needs the coefficient '" + kernel.coefficients.data[k] + "'");
     }
@@ -81,14 +94,14 @@ Setting read_setting(const BoundKernel& bound, py::handle coefficients, py::hand
   return setting;
 }
 
+constexpr const char* kBusy =
+    "this optimizer is in the middle of a step, of another thread or of a schedule's caller; nothing was done";
+
 // One step of an optimizer has an owner: a second thread, or a schedule that steps its own optimizer, is turned away.
 class Turn {
  public:
   explicit Turn(std::atomic<bool>& taken) : taken_(taken) {
-    if (taken_.exchange(true, std::memory_order_acquire)) {
-      throw std::runtime_error(
-          "this optimizer is in the middle of a step, of another thread or of a schedule's caller; nothing was done");
-    }
+    if (taken_.exchange(true, std::memory_order_acquire)) throw std::runtime_error(kBusy);
   }
   ~Turn() { taken_.store(false, std::memory_order_release); }
   Turn(const Turn&) = delete;
@@ -101,20 +114,18 @@ class Turn {
 // What an optimizer steps: its parameters, their states and step counts. Pointers are not kept, array objects are.
 class Updater final : public Naming {
  public:
-  // `groups`: for each group its rule's name; `recipes`: for each group a callable of t that gives (coefficients,
-  // scale, l1, l2, decay) for the t-th step of a parameter of that group; `group_of`: for each parameter its group;
-  // `slots`: for each parameter a tuple of state arrays in the rule's order; the names are those of messages.
-  Updater(std::vector<std::string> groups, std::vector<py::object> recipes, std::vector<std::size_t> group_of,
-          const py::list& params, const std::vector<py::tuple>& slots, std::vector<std::string> param_names,
+  // `groups`: for each group its rule's name; `group_of`: for each parameter its group; `slots`: for each parameter a
+  // tuple of state arrays in the rule's order; the names are those of messages.
+  Updater(std::vector<std::string> groups, std::vector<std::size_t> group_of, const py::list& params,
+          const std::vector<py::tuple>& slots, std::vector<std::string> param_names,
           std::vector<std::string> grad_names)
       : rules_(std::move(groups)),
-        recipes_(std::move(recipes)),
         group_of_(std::move(group_of)),
         param_names_(std::move(param_names)),
         grad_names_(std::move(grad_names)) {
-    if (recipes_.size() != rules_.size() || group_of_.size() != params.size() || slots.size() != params.size() ||
-        param_names_.size() != params.size() || grad_names_.size() != params.size()) {
-      throw py::value_error("params and what comes with each, or groups and recipes, differ in length");
+    if (group_of_.size() != params.size() || slots.size() != params.size() || param_names_.size() != params.size() ||
+        grad_names_.size() != params.size()) {
+      throw py::value_error("params and what comes with each differ in length");
     }
     for (std::size_t i = 0; i < params.size(); ++i) {
       if (group_of_[i] >= rules_.size()) throw py::value_error("group_of: no such group");
@@ -125,7 +136,7 @@ class Updater final : public Naming {
       first_slot_.push_back(slots_.size());
       for (const py::handle slot : slots[i]) slots_.push_back(py::reinterpret_borrow<py::object>(slot));
     }
-    counts_.resize(params_.size());
+    counts_ = std::vector<std::atomic<std::int64_t>>(params_.size());
   }
 
   std::string name(std::size_t index, std::size_t stream) const override {
@@ -138,27 +149,29 @@ class Updater final : public Naming {
   // Validates parameters, states and gradients (None, or one for each parameter) and writes nothing.
   void check(py::handle grads) {
     const Turn turn(stepping_);
-    Batch batch;
+    const Release release(*this);
     take_gradients(grads);
     for (std::size_t i = 0; i < params_.size(); ++i) {
       const bool has_grad = !grads_.empty() && !grads_[i].is_none();
-      batch.add(kernel_named(rules_[group_of_[i]]), params_[i], has_grad ? py::handle(grads_[i]) : py::handle(),
-                slots_.data() + first_slot_[i], nullptr, i);
+      batch_.add(kernel_named(rules_[group_of_[i]]), params_[i], has_grad ? py::handle(grads_[i]) : py::handle(),
+                 slots_.data() + first_slot_[i], nullptr, i);
     }
-    batch.validate(*this);
-    grads_.clear();
+    batch_.validate(*this);
   }
 
-  // Recipes are called once for each group and different t, before anything is written.
-  void step(py::handle grads) {
+  // `recipes`: for each group a callable of t that gives (coefficients, scale, l1, l2, decay) for the t-th step of a
+  // parameter of that group. Called once for each different t, before anything is written. They are passed each time,
+  // because a schedule may belong to what owns the optimizer, and this class takes no part in garbage collection.
+  void step(py::handle grads, const py::list& recipes) {
     const Turn turn(stepping_);
     const Release release(*this);
     if (grads.is_none()) throw py::type_error("grads: expected gradients, got None");
+    if (recipes.size() != rules_.size()) throw py::value_error("recipes: one for each group is needed");
     take_gradients(grads);
     refresh_kernels();
     for (std::size_t i = 0; i < params_.size(); ++i) {
       if (grads_[i].is_none()) continue;
-      settings_of_.push_back(setting_for(group_of_[i], counts_[i] + 1));
+      settings_of_.push_back(setting_for(group_of_[i], counts_[i] + 1, recipes));
       stepped_.push_back(i);
     }
     std::size_t k = 0;
@@ -168,22 +181,20 @@ class Updater final : public Naming {
     }
     batch_.validate(*this);
     isa_ = batch_.run();
-    for (const std::size_t i : stepped_) std::atomic_ref(counts_[i]).fetch_add(1, std::memory_order_relaxed);
+    for (const std::size_t i : stepped_) counts_[i].fetch_add(1, std::memory_order_relaxed);
   }
 
-  std::vector<std::int64_t> counts() {
-    std::vector<std::int64_t> result;
-    result.reserve(counts_.size());
-    for (std::int64_t& count : counts_) result.push_back(std::atomic_ref(count).load(std::memory_order_relaxed));
-    return result;
-  }
+  std::vector<std::int64_t> counts() const { return {counts_.begin(), counts_.end()}; }
   void set_counts(const std::vector<std::int64_t>& counts) {
-    const Turn turn(stepping_);
     if (counts.size() != params_.size()) throw py::value_error("counts: one for each parameter is needed");
-    for (std::size_t i = 0; i < counts.size(); ++i) {
-      std::atomic_ref(counts_[i]).store(counts[i], std::memory_order_relaxed);
-    }
+    std::ranges::copy(counts, counts_.begin());
   }
+
+  // Between the two no step begins: for Python code that reads or writes counts and states as a whole.
+  void enter() {
+    if (stepping_.exchange(true, std::memory_order_acquire)) throw std::runtime_error(kBusy);
+  }
+  void leave() { stepping_.store(false, std::memory_order_release); }
 
   const char* last_isa() const { return isa_name(isa_); }
 
@@ -213,17 +224,17 @@ class Updater final : public Naming {
   void take_gradients(py::handle grads) {
     grads_.clear();
     if (grads.is_none()) return;
-    const auto sequence =
-        py::reinterpret_steal<py::object>(PySequence_Fast(grads.ptr(), "grads: expected a list or tuple"));
+    // A tuple of our own: the caller's list may change under us.
+    const auto sequence = py::reinterpret_steal<py::object>(PySequence_Tuple(grads.ptr()));
     if (!sequence) throw py::error_already_set();
-    const auto count = static_cast<std::size_t>(PySequence_Fast_GET_SIZE(sequence.ptr()));
+    const auto count = static_cast<std::size_t>(PyTuple_GET_SIZE(sequence.ptr()));
     if (count != params_.size()) {
       throw py::value_error("grads: " + std::to_string(count) + " given for " + std::to_string(params_.size()) +
                             " parameters");
     }
     for (std::size_t i = 0; i < count; ++i) {
       grads_.push_back(
-          py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(sequence.ptr(), static_cast<py::ssize_t>(i))));
+          py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(sequence.ptr(), static_cast<py::ssize_t>(i))));
     }
   }
 
@@ -236,14 +247,15 @@ class Updater final : public Naming {
   }
 
   // Parameters that have received equally many gradients share one setting; nearly always that is a group.
-  Setting* setting_for(std::size_t group, std::int64_t t) {
+  Setting* setting_for(std::size_t group, std::int64_t t, const py::list& recipes) {
     if (!cohorts_.empty() && cohorts_.back().group == group && cohorts_.back().t == t) return &cohorts_.back().setting;
     if (!cohorts_.empty()) {
       const auto found = cohort_index_.find({group, t});
       if (found != cohort_index_.end()) return &found->second->setting;
     }
+    const py::object recipe = recipes[group];
     const auto count = py::reinterpret_steal<py::object>(PyLong_FromLongLong(t));
-    const auto result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(recipes_[group].ptr(), count.ptr()));
+    const auto result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(recipe.ptr(), count.ptr()));
     if (!result) throw py::error_already_set();
     if (PyTuple_Check(result.ptr()) == 0 || PyTuple_GET_SIZE(result.ptr()) != 5) {
       throw py::type_error("recipe: expected (coefficients, scale, l1, l2, decay)");
@@ -256,17 +268,16 @@ class Updater final : public Naming {
   }
 
   std::vector<std::string> rules_;
-  std::vector<py::object> recipes_;
   std::vector<std::size_t> group_of_;
   std::vector<std::string> param_names_, grad_names_;
   std::vector<py::object> params_;
   std::vector<py::object> slots_;
   std::vector<std::size_t> first_slot_;
-  std::vector<std::int64_t> counts_;
+  std::vector<std::atomic<std::int64_t>> counts_;
 
   const KernelTable* table_ = nullptr;
   std::vector<BoundKernel> kernels_;
-  Isa isa_ = Isa::scalar;
+  std::atomic<Isa> isa_{Isa::scalar};
   std::atomic<bool> stepping_{false};
 
   // Of the step under way; kept between steps for their memory.
@@ -333,9 +344,9 @@ py::object as_ndarray(const py::object& param, const std::string& name) {
     if (py::isinstance<py::array>(param)) return param;
     const std::vector<py::ssize_t> shape(view.shape.begin(), view.shape.end());
     const std::vector<py::ssize_t> strides(view.strides.begin(), view.strides.end());
-    const auto* const held =
-        new Keeper(std::move(keeper));  // NOLINT(cppcoreguidelines-owning-memory): the capsule owns it
-    const py::capsule owner(held, [](void* pointer) { delete static_cast<const Keeper*>(pointer); });
+    auto held = std::make_unique<Keeper>(std::move(keeper));
+    const py::capsule owner(held.get(), [](void* pointer) { delete static_cast<Keeper*>(pointer); });
+    [[maybe_unused]] const Keeper* const owned = held.release();
     return py::array(py::dtype(info(view.dtype).name), shape, strides, view.data, owner);
   } catch (const ArgumentError& error) {
     error.raise(name);
@@ -369,12 +380,14 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
   m.attr("__version__") = ONEPASS_VERSION;
 
   py::class_<Updater>(m, "Updater")
-      .def(py::init<std::vector<std::string>, std::vector<py::object>, std::vector<std::size_t>, const py::list&,
-                    const std::vector<py::tuple>&, std::vector<std::string>, std::vector<std::string>>(),
-           py::arg("groups"), py::arg("recipes"), py::arg("group_of"), py::arg("params"), py::arg("slots"),
-           py::arg("param_names"), py::arg("grad_names"))
+      .def(py::init<std::vector<std::string>, std::vector<std::size_t>, const py::list&, const std::vector<py::tuple>&,
+                    std::vector<std::string>, std::vector<std::string>>(),
+           py::arg("groups"), py::arg("group_of"), py::arg("params"), py::arg("slots"), py::arg("param_names"),
+           py::arg("grad_names"))
       .def("check", &Updater::check, py::arg("grads").none(true))
-      .def("step", &Updater::step, py::arg("grads"))
+      .def("step", &Updater::step, py::arg("grads"), py::arg("recipes"))
+      .def("__enter__", &Updater::enter)
+      .def("__exit__", [](Updater& updater, const py::args& /*exception*/) { updater.leave(); })
       .def_property("counts", &Updater::counts, &Updater::set_counts)
       .def_property_readonly("last_isa", &Updater::last_isa);
 

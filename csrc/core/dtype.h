@@ -45,6 +45,13 @@ struct DTypeTable<TypeList<Ds...>> {
   static constexpr DTypeInfo rows[] = {{Ds::name, sizeof(typename Ds::Storage)}...};
 };
 
+template <class... Ds>
+constexpr bool ids_are_positions(TypeList<Ds...> /*list*/) {
+  std::size_t position = 0;
+  return ((static_cast<std::size_t>(Ds::id) == position++) && ...);
+}
+static_assert(ids_are_positions(DTypes{}));
+
 constexpr const DTypeInfo& info(DType dtype) { return DTypeTable<DTypes>::rows[static_cast<std::size_t>(dtype)]; }
 
 }  // namespace onepass

@@ -19,8 +19,8 @@ struct Extent {
   std::size_t end;    // bytes of traffic of this tensor and all before it: the last one's is the total
 };
 
-// The position of byte `target` of the total traffic: a tensor and an element of it, on a cache line of the parameter,
-// so that no two threads write one line.
+// The position of byte `target` of the total traffic: a tensor and an element of it, on a cache line of the parameter
+// (where that is aligned to its items), so that no two threads write one line of it.
 struct Cut {
   std::size_t tensor;
   std::size_t element;
@@ -41,7 +41,7 @@ inline Cut cut_at(std::span<const Extent> extents, std::size_t target) {
 template <class Visit>
 void for_each_in_part(std::span<const Extent> extents, std::size_t part, std::size_t parts, Visit visit) {
   if (extents.empty()) return;
-  // Part boundaries in 128 bits would be exact for any size; a step of 2**63 bytes does not exist.
+  // floor(total * k / parts), without the product's overflow.
   const std::size_t total = extents.back().end;
   const auto boundary = [&](std::size_t k) { return total / parts * k + total % parts * k / parts; };
   const Cut begin = part == 0 ? Cut{0, 0} : cut_at(extents, boundary(part));

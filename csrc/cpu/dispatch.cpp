@@ -61,7 +61,7 @@ struct Row {
   bool (*runs)();
 };
 
-const Row kRows[] = {
+constexpr Row kRows[] = {
     {Isa::scalar, "scalar", &kernels_scalar, [] { return true; }},
 #if defined(ONEPASS_HAVE_AVX2)
     {Isa::avx2, "avx2", &kernels_avx2, runs_avx2},
@@ -74,6 +74,9 @@ const Row kRows[] = {
     {Isa::avx512, "avx512", nullptr, [] { return false; }},
 #endif
 };
+
+static_assert(kRows[0].isa == Isa::scalar && kRows[1].isa == Isa::avx2 && kRows[2].isa == Isa::avx512,
+              "a row's position is its Isa");
 
 const Row& row(Isa isa) { return kRows[static_cast<std::size_t>(isa)]; }
 

@@ -2,8 +2,15 @@
 // (ONEPASS_ISA) and its header (ONEPASS_SIMD_HEADER). The one symbol that leaves this unit is its kernel table.
 #include ONEPASS_SIMD_HEADER
 
+#include <cfloat>
+
 #include "core/kernel.h"
 #include "rules/rules.h"
+
+#if defined(__FAST_MATH__)
+#error "fast-math computes other bits"
+#endif
+static_assert(FLT_EVAL_METHOD == 0, "intermediate results must be of their operands' type (i686: -msse2 -mfpmath=sse)");
 
 namespace onepass {
 namespace {

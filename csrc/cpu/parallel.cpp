@@ -7,10 +7,11 @@
 #include <cmath>
 #include <condition_variable>
 #include <cstdlib>
+#include <deque>
+#include <exception>
 #include <fstream>
 #include <mutex>
 #include <string>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -26,6 +27,48 @@
 
 namespace onepass {
 namespace {
+
+constexpr auto kUnlimited = static_cast<std::size_t>(-1);
+
+// The CPUs that a folder of the cgroup file system grants, in the words of version 2 and of version 1.
+std::size_t quota_in(const std::string& folder) {
+  const auto cpus = [](double quota, double period) {
+    return quota > 0 && period > 0 ? std::max<std::size_t>(1, static_cast<std::size_t>(std::lround(quota / period)))
+                                   : kUnlimited;
+  };
+  std::string quota;
+  double period = 0;
+  if (std::ifstream file(folder + "/cpu.max"); file >> quota >> period) {
+    return quota == "max" ? kUnlimited : cpus(std::strtod(quota.c_str(), nullptr), period);
+  }
+  std::ifstream quota_file(folder + "/cpu.cfs_quota_us");
+  std::ifstream period_file(folder + "/cpu.cfs_period_us");
+  double value = 0;
+  return quota_file >> value && period_file >> period ? cpus(value, period) : kUnlimited;
+}
+
+// The least that this process's cgroup and the ones above it grant. Read once.
+std::size_t cgroup_quota() {
+  static const std::size_t quota = [] {
+    std::size_t least = std::min(quota_in("/sys/fs/cgroup"), quota_in("/sys/fs/cgroup/cpu"));
+    std::ifstream file("/proc/self/cgroup");
+    for (std::string line; std::getline(file, line);) {  // "0::/a/b" in version 2, "4:cpu,cpuacct:/a/b" in version 1
+      const std::size_t controllers = line.find(':') + 1;
+      const std::size_t path = line.find(':', controllers) + 1;
+      if (controllers == 0 || path == 0) continue;
+      std::string names(",");
+      names.append(line, controllers, path - controllers - 1).append(",");
+      const bool v2 = names == ",,";
+      if (!v2 && names.find(",cpu,") == std::string::npos) continue;
+      for (std::string folder = line.substr(path); folder.size() > 1; folder.resize(folder.rfind('/'))) {
+        least = std::min(least, quota_in((v2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/cpu") + folder));
+        if (folder.rfind('/') == std::string::npos) break;
+      }
+    }
+    return least;
+  }();
+  return quota;
+}
 
 #if defined(__linux__)
 // The CPUs that the calling thread may run on.
@@ -92,9 +135,9 @@ class Pool {
     if (!caller.owns_lock()) return false;
     {
       const std::scoped_lock lock(mutex_);
+      if (job.threads > lanes_.size()) lanes_ = std::vector<Lane>(job.threads);
       grow(job.threads - 1);
       place(job.threads);
-      if (job.threads > lanes_.size()) lanes_ = std::vector<Lane>(job.threads);
       for (std::size_t t = 0; t < job.threads; ++t) {
         lanes_[t].next.store(job.parts * t / job.threads, std::memory_order_relaxed);
         lanes_[t].end = job.parts * (t + 1) / job.threads;
@@ -103,7 +146,7 @@ class Pool {
       open_ = true;
       announced_.fetch_add(1, std::memory_order_release);
     }
-    wake_.notify_all();
+    for (std::size_t t = 0; t + 1 < job.threads && t < workers_.size(); ++t) workers_[t].wake.notify_one();
     work(0);
     std::unique_lock<std::mutex> lock(mutex_);
     open_ = false;  // a worker that wakes from here on does not join
@@ -125,16 +168,17 @@ class Pool {
   }
 
   void grow(std::size_t wanted) {
-    while (workers_ < wanted) {
+    while (workers_.size() < wanted) {
+      Worker& worker = workers_.emplace_back();
       try {
-        std::thread worker([this, thread = workers_ + 1] { serve(thread); });
-        handles_.push_back(worker.native_handle());
-        worker.detach();
-      } catch (const std::system_error&) {
+        std::thread thread([this, &worker, number = workers_.size()] { serve(worker, number); });
+        worker.handle = thread.native_handle();
+        thread.detach();
+      } catch (const std::exception&) {
+        workers_.pop_back();
         return;  // the machine gives no more threads: those that there are share the work
       }
-      ++workers_;
-      placed_ = false;
+      placed_ = 0;
     }
   }
 
@@ -144,20 +188,25 @@ class Pool {
 #if defined(__linux__)
     CpuMask allowed = CpuMask::of_this_thread();
     const int cpu = sched_getcpu();
-    const bool room = threads <= allowed.count();
-    if (placed_ && cpu == caller_cpu_ && room == spins_ && allowed == allowed_) return;
+    const bool room = threads <= std::min(cgroup_quota(), allowed.count());
+    if (placed_ >= threads && cpu == caller_cpu_ && room == spins_ && allowed == allowed_) return;
     CpuMask mask = room ? allowed.without(cpu) : allowed;
-    for (const pthread_t handle : handles_) mask.apply(handle);
+    for (std::size_t t = 0; t + 1 < threads && t < workers_.size(); ++t) mask.apply(workers_[t].handle);
     allowed_ = allowed;
     caller_cpu_ = cpu;
     spins_ = room;
-    placed_ = true;
+    placed_ = threads;
 #else
-    spins_ = threads <= affine_cpus();
+    spins_ = threads <= usable_cpus();
 #endif
   }
 
-  void serve(std::size_t thread) {
+  struct Worker {
+    std::condition_variable wake;
+    std::thread::native_handle_type handle{};
+  };
+
+  void serve(Worker& self, std::size_t thread) {
     std::size_t seen = 0;
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
@@ -168,7 +217,7 @@ class Pool {
         spin_while([this, before] { return announced_ == before; });
         lock.lock();
       }
-      wake_.wait(lock, invited);
+      self.wake.wait(lock, invited);
       seen = announced_;
       ++active_;
       lock.unlock();
@@ -180,15 +229,13 @@ class Pool {
 
   std::mutex callers_;  // held by the one caller that is served
   std::mutex mutex_;    // guards what follows; job and lanes change only while no worker is active
-  std::condition_variable wake_;
   std::condition_variable done_;
   Job job_{};
   std::vector<Lane> lanes_;
   bool open_ = false;  // for workers to join the job
-  std::size_t workers_ = 0;
-  std::vector<std::thread::native_handle_type> handles_;
-  bool placed_ = false;  // the workers' CPUs are those for `allowed_` and `caller_cpu_`
-  bool spins_ = false;   // a CPU for each thread: looking out for work takes it from nobody
+  std::deque<Worker> workers_;
+  std::size_t placed_ = 0;  // threads whose CPUs are those for `allowed_` and `caller_cpu_`
+  bool spins_ = false;      // a CPU for each thread: looking out for work takes it from nobody
 #if defined(__linux__)
   CpuMask allowed_;
   int caller_cpu_ = -1;
@@ -202,6 +249,13 @@ class Pool {
 std::atomic<Pool*> current_pool{nullptr};
 std::atomic<std::size_t> chosen_threads{0};
 thread_local bool inside_parallel_for = false;
+
+struct Inside {
+  Inside() { inside_parallel_for = true; }
+  ~Inside() { inside_parallel_for = false; }
+  Inside(const Inside&) = delete;
+  Inside& operator=(const Inside&) = delete;
+};
 
 Pool& pool() {
   Pool* found = current_pool.load(std::memory_order_acquire);
@@ -221,30 +275,9 @@ Pool& pool() {
   return *found;
 }
 
-std::size_t cgroup_quota() {
-  constexpr auto unlimited = static_cast<std::size_t>(-1);
-  const auto cpus = [](double quota, double period) {
-    return quota > 0 && period > 0 ? std::max<std::size_t>(1, static_cast<std::size_t>(std::lround(quota / period)))
-                                   : unlimited;
-  };
-  std::string quota;
-  double period = 0;
-  if (std::ifstream v2("/sys/fs/cgroup/cpu.max"); v2 >> quota >> period) {
-    return quota == "max" ? unlimited : cpus(std::strtod(quota.c_str(), nullptr), period);
-  }
-  std::ifstream v1_quota("/sys/fs/cgroup/cpu/cpu.cfs_quota_us");
-  std::ifstream v1_period("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
-  double value = 0;
-  if (v1_quota >> value && v1_period >> period) return cpus(value, period);
-  return unlimited;
-}
-
 }  // namespace
 
-std::size_t usable_cpus() {
-  static const std::size_t quota = cgroup_quota();
-  return std::min(quota, affine_cpus());
-}
+std::size_t usable_cpus() { return std::min(cgroup_quota(), affine_cpus()); }
 
 std::size_t thread_count() {
   const std::size_t chosen = chosen_threads.load(std::memory_order_relaxed);
@@ -256,10 +289,8 @@ void set_thread_count(std::size_t count) { chosen_threads.store(count, std::memo
 void parallel_for(std::size_t threads, std::size_t parts, void (*body)(void*, std::size_t), void* context) {
   threads = std::min(threads, parts);
   if (threads > 1 && !inside_parallel_for) {
-    inside_parallel_for = true;
-    const bool served = pool().run({body, context, parts, threads});
-    inside_parallel_for = false;
-    if (served) return;
+    const Inside inside;
+    if (pool().run({body, context, parts, threads})) return;
   }
   for (std::size_t part = 0; part < parts; ++part) body(context, part);
 }

@@ -8,7 +8,6 @@
 #include <immintrin.h>
 
 #include <cstddef>
-#include <limits>
 #include <type_traits>
 
 #include "core/dtype.h"
@@ -48,7 +47,7 @@ struct Float32x8 {
   HD friend Float32x8 sqrt(Float32x8 a) { return Float32x8(_mm256_sqrt_ps(a.value)); }
   HD friend Float32x8 flush(Float32x8 a) {
     const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0F), a.value);
-    const __m256 subnormal = _mm256_cmp_ps(magnitude, _mm256_set1_ps(std::numeric_limits<float>::min()), _CMP_LT_OQ);
+    const __m256 subnormal = _mm256_cmp_ps(magnitude, _mm256_set1_ps(kSmallestNormal<float>), _CMP_LT_OQ);
     return Float32x8(_mm256_andnot_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0F), subnormal), a.value));
   }
   HD friend Float32x8 sign(Float32x8 a) {
@@ -88,7 +87,7 @@ struct Float64x4 {
   HD friend Float64x4 sqrt(Float64x4 a) { return Float64x4(_mm256_sqrt_pd(a.value)); }
   HD friend Float64x4 flush(Float64x4 a) {
     const __m256d magnitude = _mm256_andnot_pd(_mm256_set1_pd(-0.0), a.value);
-    const __m256d subnormal = _mm256_cmp_pd(magnitude, _mm256_set1_pd(std::numeric_limits<double>::min()), _CMP_LT_OQ);
+    const __m256d subnormal = _mm256_cmp_pd(magnitude, _mm256_set1_pd(kSmallestNormal<double>), _CMP_LT_OQ);
     return Float64x4(_mm256_andnot_pd(_mm256_andnot_pd(_mm256_set1_pd(-0.0), subnormal), a.value));
   }
   HD friend Float64x4 sign(Float64x4 a) {

@@ -8,7 +8,6 @@
 #include <immintrin.h>
 
 #include <cstddef>
-#include <limits>
 #include <type_traits>
 
 #include "core/dtype.h"
@@ -48,7 +47,7 @@ struct Float32x16 {
   HD friend Float32x16 sqrt(Float32x16 a) { return Float32x16(_mm512_sqrt_ps(a.value)); }
   HD friend Float32x16 flush(Float32x16 a) {
     const auto subnormal =
-        _mm512_cmp_ps_mask(_mm512_abs_ps(a.value), _mm512_set1_ps(std::numeric_limits<float>::min()), _CMP_LT_OQ);
+        _mm512_cmp_ps_mask(_mm512_abs_ps(a.value), _mm512_set1_ps(kSmallestNormal<float>), _CMP_LT_OQ);
     return Float32x16(_mm512_mask_and_ps(a.value, subnormal, a.value, _mm512_set1_ps(-0.0F)));
   }
   HD friend Float32x16 sign(Float32x16 a) {
@@ -87,7 +86,7 @@ struct Float64x8 {
   HD friend Float64x8 sqrt(Float64x8 a) { return Float64x8(_mm512_sqrt_pd(a.value)); }
   HD friend Float64x8 flush(Float64x8 a) {
     const auto subnormal =
-        _mm512_cmp_pd_mask(_mm512_abs_pd(a.value), _mm512_set1_pd(std::numeric_limits<double>::min()), _CMP_LT_OQ);
+        _mm512_cmp_pd_mask(_mm512_abs_pd(a.value), _mm512_set1_pd(kSmallestNormal<double>), _CMP_LT_OQ);
     return Float64x8(_mm512_mask_and_pd(a.value, subnormal, a.value, _mm512_set1_pd(-0.0)));
   }
   HD friend Float64x8 sign(Float64x8 a) {

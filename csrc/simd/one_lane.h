@@ -9,6 +9,10 @@
 namespace onepass {
 namespace {
 
+// A constant, not a call: no function of the standard library may be left in a kernel unit.
+template <class S>
+constexpr S kSmallestNormal = std::numeric_limits<S>::min();
+
 template <class S>
 struct OneLane {
   using Scalar = S;
@@ -39,9 +43,7 @@ struct OneLane {
   HD friend OneLane sqrt(OneLane a) { return OneLane(root(a.value)); }
   // A subnormal as a zero of its sign. Arithmetic does this by itself, in the mode in which kernels run.
   HD friend OneLane flush(OneLane a) {
-    return magnitude(a.value) < std::numeric_limits<S>::min()
-               ? OneLane(static_cast<S>(__builtin_copysign(S(0), a.value)))
-               : a;
+    return magnitude(a.value) < kSmallestNormal<S> ? OneLane(static_cast<S>(__builtin_copysign(S(0), a.value))) : a;
   }
   HD friend OneLane sign(OneLane a) {  // 1, -1, or +0 for a zero of either sign; NaN stays NaN
     if (a.value > S(0)) return OneLane(S(1));

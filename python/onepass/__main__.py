@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
+
 import onepass
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print version, instruction sets, threads and devices."""
+    argparse.ArgumentParser(prog="python -m onepass", description=main.__doc__).parse_args(arguments)
     rows = {
         "onepass": onepass.__version__,
         "isa": onepass.isa(),

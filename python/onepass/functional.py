@@ -59,9 +59,9 @@ def _apply(
 ) -> None:
     """Update by the rule of `cls`. `states`: the states by argument name, in the order of the rule's slots."""
     if isinstance(step, bool) or not isinstance(step, (int, np.integer)):
-        raise TypeError(f"step: expected an integer >= 1, got {step!r}")
-    if step < 1:
-        raise ValueError(f"step: expected an integer >= 1, got {step!r}")
+        raise TypeError(f"step: expected an integer from 1 to 2**62, got {step!r}")
+    if not 1 <= step <= 2**62:
+        raise ValueError(f"step: expected an integer from 1 to 2**62, got {step!r}")
     single = not is_sequence(params)
     names = ("params", "grads", *states)
     lists: list[Sequence[Any]] = []
@@ -72,8 +72,10 @@ def _apply(
         lists.append([value] if single else cast("Sequence[Any]", value))
     values = hp.checked(hyper)
     rule = cls.rule(values)
-    if any(0.0 < values.get(name, 0.0) < float(np.finfo(np.float32).tiny) for name in ("eps", "eps_root")):
-        hp.require_eps_survives(values, {_cpu.as_ndarray(p, f"params[{i}]").dtype for i, p in enumerate(lists[0])})
+    if any(not 1e-37 < values.get(name, 1.0) < 1e38 for name in ("eps", "eps_root")):  # else no dtype needs a look
+        names_of = ["params"] if single else [f"params[{index}]" for index in range(len(lists[0]))]
+        dtypes = {_cpu.as_ndarray(param, name).dtype for param, name in zip(lists[0], names_of, strict=True)}
+        hp.require_representable(values, dtypes)
     coefficients, scale, l1, l2, decay = cls.surround(values, int(step))
     _cpu.update(rule, lists[0], lists[1], lists[2:], coefficients, scale, l1, l2, decay, names, single)
 

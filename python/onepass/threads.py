@@ -52,8 +52,7 @@ def read_environment() -> None:
     global _default
     text = os.environ.get("ONEPASS_NUM_THREADS", "")
     if text:
-        try:
-            set_num_threads(int(text))
-        except ValueError:
-            raise ImportError(f"ONEPASS_NUM_THREADS: expected an integer from 1 to 1024, got {text!r}") from None
+        if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= 1024):
+            raise ImportError(f"ONEPASS_NUM_THREADS: expected an integer from 1 to 1024, got {text!r}")
+        set_num_threads(int(text))
         _default = int(text)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from onepass.optim.adam import Adam
 from onepass.optim.hyper import LearningRate
-from onepass.optim.optimizer import Coefficients, Grads, Optimizer, Params
+from onepass.optim.optimizer import Grads, Params
 
 
-class AMSGrad(Optimizer):
+class AMSGrad(Adam):
     r"""AMSGrad, the paper's form: Adam by the root of the largest second moment so far, without bias correction.
 
     .. math::
@@ -74,37 +72,15 @@ class AMSGrad(Optimizer):
     ) -> None:
         super().__init__(
             params,
-            grads,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "eps_root": eps_root,
-                "bias_correction": bias_correction,
-                "weight_decay": weight_decay,
-                "decoupled_weight_decay": decoupled_weight_decay,
-                "l1": l1,
-                "maximize": maximize,
-            },
+            lr,
+            betas,
+            eps,
+            eps_root,
+            bias_correction=bias_correction,
+            amsgrad=True,
+            weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            l1=l1,
+            maximize=maximize,
+            grads=grads,
         )
-
-    @classmethod
-    def rule(cls, hyper: Mapping[str, Any]) -> str:
-        return "amsgrad"
-
-    @classmethod
-    def recipe(cls, hyper: Mapping[str, Any], lr: float, t: int) -> Coefficients:
-        beta1, beta2 = hyper["betas"]
-        corrected = hyper["bias_correction"]
-        return {
-            "beta1": beta1,
-            "one_minus_beta1": 1.0 - beta1,
-            "beta2": beta2,
-            "one_minus_beta2": 1.0 - beta2,
-            "step_m": lr / (1.0 - beta1**t) if corrected else lr,
-            "step_g": 0.0,
-            "pre": 1.0,
-            "inv_bias2": 1.0 / (1.0 - beta2**t) if corrected else 1.0,
-            "eps_root": hyper["eps_root"],
-            "eps": hyper["eps"],
-        }

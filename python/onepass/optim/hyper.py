@@ -60,7 +60,7 @@ def learning_rate(value: Any, name: str) -> float:
 
 
 def _learning_rate_or_schedule(value: Any, name: str) -> LearningRate:
-    if callable(value):
+    if callable(value) and not isinstance(value, type):
         schedule: Callable[[int], float] = value
         return schedule
     return real(value, name, "a finite number >= 0 or a callable of the step count", lambda x: 0.0 <= x < math.inf)
@@ -102,18 +102,21 @@ def checked(values: Mapping[str, Any], prefix: str = "{}") -> Hyper:
     return hyper
 
 
-def require_eps_survives(hyper: Mapping[str, Any], dtypes: set[np.dtype[Any]], prefix: str = "{}") -> None:
-    """Raise if a positive eps or eps_root is zero in the compute type, in which subnormals are zero too."""
-    for name in ("eps", "eps_root"):
+def require_representable(hyper: Mapping[str, Any], dtypes: set[np.dtype[Any]], prefix: str = "{}") -> None:
+    """Raise if a positive eps, eps_root or initial_accumulator is zero (as subnormals are) or infinite in a dtype."""
+    for name in ("eps", "eps_root", "initial_accumulator"):
         value = hyper.get(name, 0.0)
         if value == 0.0:
             continue
         for dtype in dtypes:
-            if value < float(np.finfo(dtype).tiny):
+            limits = np.finfo(dtype)
+            if value < float(limits.tiny):
                 raise ValueError(
                     f"{prefix.format(name)}: {value!r} is zero in {dtype}, where the smallest positive number that "
-                    f"counts is {float(np.finfo(dtype).tiny):.3g}"
+                    f"counts is {float(limits.tiny):.3g}"
                 )
+            if value > float(limits.max):
+                raise ValueError(f"{prefix.format(name)}: {value!r} is infinite in {dtype}")
 
 
 class ParamGroup(MutableMapping[str, Any]):

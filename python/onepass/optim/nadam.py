@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -121,26 +120,23 @@ def _mu(beta1: float, decay: float, t: int) -> float:
     return float(beta1 * (1.0 - 0.5 * 0.96 ** (t * decay)))
 
 
-_KEPT = 64  # products: one for each different step count among the parameters, and room for the next
-_lock = threading.Lock()
-
-
 @functools.lru_cache(maxsize=64)
-def _known_products(beta1: float, decay: float) -> dict[int, float]:
-    return {}
+def _mu_products(beta1: float, decay: float) -> tuple[float, ...]:
+    """mu_1, mu_1 * mu_2, ..., in this order, until the product no longer counts beside 1 or mu has become beta1.
+
+    That is soon: after some 400 factors for 0.9, and at most a few thousand for any values.
+    """
+    products, product, t = [], 1.0, 0
+    while product >= 2.0**-60 and (t == 0 or _mu(beta1, decay, t) != beta1):
+        t += 1
+        product *= _mu(beta1, decay, t)
+        products.append(product)
+    return tuple(products)
 
 
 def _mu_product(beta1: float, decay: float, t: int) -> float:
-    """mu_1 * ... * mu_t, multiplied in this order, from the nearest product that is still known."""
-    with _lock:
-        known = _known_products(beta1, decay)
-        start = max((step for step in known if step <= t), default=0)
-        product = known.get(start, 1.0)
-        for step in range(start + 1, t + 1):
-            product *= _mu(beta1, decay, step)
-            if product == 0.0:
-                break
-        if t not in known and len(known) >= _KEPT:
-            del known[min(known)]
-        known[t] = product
-        return product
+    """mu_1 * ... * mu_t."""
+    products = _mu_products(beta1, decay)
+    if t <= len(products):
+        return products[t - 1]
+    return products[-1] * beta1 ** (t - len(products))  # or nothing beside 1, whatever the factor

@@ -116,10 +116,10 @@ class NAG(Optimizer):
         flat = []
         names = self._structure.names("params", "['params']")
         groups = [index for index, group in enumerate(self.param_groups) for _ in group["params"]]
-        for index, param in enumerate(self._flat):
-            hyper = self._hyper[groups[index]]
-            # The coefficient with which the velocity enters the parameter.
-            mu_v = self.surround(hyper, max(1, self.step_counts[index]))[0]["step_v"]
-            array = _cpu.as_ndarray(param, names[index])
-            flat.append(np.asarray(array + array.dtype.type(mu_v) * self.state[index]["velocity"]))
+        with self._updater:
+            for index, (param, t) in enumerate(zip(self._flat, self.step_counts, strict=True)):
+                # The coefficient with which the velocity enters the parameter.
+                mu_v = self.surround(self._hyper[groups[index]], max(1, t))[0]["step_v"]
+                array = _cpu.as_ndarray(param, names[index])
+                flat.append(np.asarray(array + array.dtype.type(mu_v) * self.state[index]["velocity"]))
         return self._structure.rebuild(flat)

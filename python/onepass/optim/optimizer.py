@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, TypeAlias
 
@@ -28,7 +29,7 @@ Grads: TypeAlias = "Array | Sequence[Any] | Mapping[str, Any] | None"
 Coefficients: TypeAlias = dict[str, float]
 Surrounded: TypeAlias = tuple[Coefficients, float, float, float, float]
 
-RULES: dict[str, Mapping[str, Any]] = {row["name"]: row for row in _cpu.registry()}
+RULES: dict[str, Mapping[str, Any]] = {row["name"]: row for row in _cpu.registry() if not row["yardstick"]}
 
 _NOT_GIVEN: Any = object()
 
@@ -77,9 +78,11 @@ class Optimizer:
                     )
             values = hp.checked({**defaults, **own}, prefix)
             rule = self.rule(values)
+            if rule not in RULES:
+                raise TypeError(f"{type(self).__name__}.rule() gave {rule!r}; the rules are {', '.join(RULES)}")
             like = [_cpu.as_ndarray(array, names[len(flat) + k]) for k, array in enumerate(group)]
             dtypes = {array.dtype for array in like}
-            hp.require_eps_survives(values, dtypes, prefix)
+            hp.require_representable(values, dtypes, prefix)
             slots, start = RULES[rule]["slots"], self._initial_state(values)
             states.extend({name: _cpu.state_like(array, start) for name in slots} for array in like)
             group_of.extend([index] * len(group))
@@ -89,10 +92,12 @@ class Optimizer:
             self._rules.append(rule)
 
         self._structure = structure
+        self._recipes: list[Callable[[int], Surrounded]] = [
+            functools.partial(self.surround, values) for values in self._hyper
+        ]
         self._flat = flat
         self._updater = _cpu.Updater(
             groups=self._rules,
-            recipes=[functools.partial(self.surround, values) for values in self._hyper],
             group_of=group_of,
             params=flat,
             slots=[tuple(state.values()) for state in states],
@@ -103,8 +108,9 @@ class Optimizer:
         self._updater.check(self._bound)
         self._state = tuple(MappingProxyType(state) for state in states)
         self._param_groups = tuple(
-            ParamGroup(tuple(group), values, self._group_check(index))
-            for index, (group, values) in enumerate(zip(arrays, self._hyper, strict=True))
+            # The check holds the class and not this optimizer, which is freed when its last user lets go of it.
+            ParamGroup(tuple(group), values, functools.partial(self._check_changes, rule, dtypes))
+            for group, values, rule, dtypes in zip(arrays, self._hyper, self._rules, self._dtypes, strict=True)
         )
 
     # What a subclass says of itself
@@ -160,9 +166,9 @@ class Optimizer:
         if grads is _NOT_GIVEN:
             if self._bound is None:
                 raise TypeError("grads: step() needs gradients, because none were bound at construction")
-            self._updater.step(self._bound)
+            self._updater.step(self._bound, self._recipes)
         else:
-            self._updater.step(self._structure.flatten(grads, "grads"))
+            self._updater.step(self._structure.flatten(grads, "grads"), self._recipes)
 
     # Hyper-parameters
 
@@ -178,7 +184,9 @@ class Optimizer:
         Assigning one sets it for all groups; assigning a list with one for each group sets each.
         """
         rates = [values["lr"] for values in self._hyper]
-        return rates[0] if all(rate == rates[0] for rate in rates) else rates
+        first = rates[0]
+        same = all(rate is first or (isinstance(rate, float) and rate == first) for rate in rates)
+        return first if same else rates
 
     @lr.setter
     def lr(self, value: LearningRate | Sequence[LearningRate]) -> None:
@@ -189,18 +197,16 @@ class Optimizer:
         for values, rate in zip(self._hyper, rates, strict=True):
             values["lr"] = rate
 
-    def _group_check(self, index: int) -> Any:
-        def check(current: Hyper, changes: Hyper) -> Hyper:
-            for name in changes:
-                if name in self._construction_only:
-                    raise ValueError(f"{name}: is only read when the optimizer is made, and cannot be changed later")
-            values = hp.checked({**current, **changes})
-            if self.rule(values) != self._rules[index]:
-                raise ValueError(f"{', '.join(changes)}: decides which states exist, and cannot be changed later")
-            hp.require_eps_survives(values, self._dtypes[index])
-            return values
-
-        return check
+    @classmethod
+    def _check_changes(cls, rule: str, dtypes: set[np.dtype[Any]], current: Hyper, changes: Hyper) -> Hyper:
+        for name in changes:
+            if name in cls._construction_only:
+                raise ValueError(f"{name}: is only read when the optimizer is made, and cannot be changed later")
+        values = hp.checked({**current, **changes})
+        if cls.rule(values) != rule:
+            raise ValueError(f"{', '.join(changes)}: decides which states exist, and cannot be changed later")
+        hp.require_representable(values, dtypes)
+        return values
 
     # State
 
@@ -223,21 +229,22 @@ class Optimizer:
             ``{"optimizer": name, "param_groups": [{"params": [indices], name: value, ...}], "state": {index: {"step":
             count, name: array, ...}}}``. Arrays are copies. Parameters are not part of it.
         """
-        groups: list[dict[str, Any]] = []
-        start = 0
-        for group, values in zip(self._param_groups, self._hyper, strict=True):
-            stop = start + len(group["params"])
-            groups.append({"params": list(range(start, stop)), **values})
-            start = stop
-        counts = self._updater.counts
-        return {
-            "optimizer": type(self).__name__,
-            "param_groups": groups,
-            "state": {
-                index: {"step": counts[index], **{name: array.copy(order="K") for name, array in arrays.items()}}
-                for index, arrays in enumerate(self._state)
-            },
-        }
+        with self._updater:
+            groups: list[dict[str, Any]] = []
+            start = 0
+            for group, values in zip(self._param_groups, self._hyper, strict=True):
+                stop = start + len(group["params"])
+                groups.append({"params": list(range(start, stop)), **values})
+                start = stop
+            counts = self._updater.counts
+            return {
+                "optimizer": type(self).__name__,
+                "param_groups": groups,
+                "state": {
+                    index: {"step": counts[index], **{name: array.copy(order="K") for name, array in arrays.items()}}
+                    for index, arrays in enumerate(self._state)
+                },
+            }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore hyper-parameters, step counts and state arrays (in place) from a :meth:`state_dict`.
@@ -248,10 +255,19 @@ class Optimizer:
             If it is of another optimizer, structure, shape or dtype, or holds values out of range. Nothing has changed
             then.
         """
-        groups = self._read_groups(_entries(state_dict, "state_dict", ("optimizer", "param_groups", "state")))
-        count = len(self._flat)
-        saved = _entries(state_dict["state"], "state", range(count))
-        own = {id(array.base) for arrays in self._state for array in arrays.values()}
+        with self._updater:
+            groups = self._read_groups(_entries(state_dict, "state_dict", ("optimizer", "param_groups", "state")))
+            counts, copies = self._read_state(state_dict["state"])
+            # From here on nothing can fail.
+            self._updater.counts = counts
+            for array, value in copies:
+                np.copyto(array, value)
+            for values, loaded in zip(self._hyper, groups, strict=True):
+                values.update(loaded)
+
+    def _read_state(self, given: Any) -> tuple[list[int], list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]]:
+        saved = _entries(given, "state", range(len(self._flat)))
+        own = sorted(_extent(array) for arrays in self._state for array in arrays.values())
         counts: list[int] = []
         copies: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
         for index, arrays in enumerate(self._state):
@@ -266,20 +282,16 @@ class Optimizer:
                 value, label = entry[name], f"state[{index}][{name!r}]"
                 if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
                     raise TypeError(f"{label}: expected a NumPy array, got {type(value).__name__}")
+                value = np.asarray(value)  # a subclass may have a way of its own of being copied
                 if value.shape != array.shape:
                     raise ValueError(f"{label}: shape {value.shape} does not match {array.shape}")
                 if not array.flags.writeable:
                     raise ValueError(f"{label}: this optimizer's own array has been made read-only")
                 if value.dtype != array.dtype:
                     raise TypeError(f"{label}: dtype {value.dtype} does not match {array.dtype}")
-                # One of this optimizer's own arrays, or a view of one, may be overwritten before it is read.
-                copies.append((array, value.copy() if id(value.base) in own else value))
-        # Counts first: it alone can still fail, while this optimizer is in the middle of a step.
-        self._updater.counts = counts
-        for array, value in copies:
-            np.copyto(array, value)
-        for values, loaded in zip(self._hyper, groups, strict=True):
-            values.update(loaded)
+                # What lies in this optimizer's own arrays may be overwritten before it is read.
+                copies.append((array, value.copy() if _meets(_extent(value), own) else value))
+        return counts, copies
 
     def _read_groups(self, state_dict: Mapping[str, Any]) -> list[Hyper]:
         name = type(self).__name__
@@ -301,7 +313,7 @@ class Optimizer:
             loaded = hp.checked(entry, label + "['{}']")
             if self.rule(loaded) != self._rules[index]:
                 raise ValueError(f"{label}: needs the states of {self.rule(loaded)}, not of {self._rules[index]}")
-            hp.require_eps_survives(loaded, self._dtypes[index], label + "['{}']")
+            hp.require_representable(loaded, self._dtypes[index], label + "['{}']")
             groups.append(loaded)
         return groups
 
@@ -329,3 +341,20 @@ def _entries(value: Any, label: str, keys: Any) -> Mapping[Any, Any]:
         unknown = next(key for key in value if key not in keys)
         raise ValueError(f"{label}: {unknown!r} is unknown")
     return value
+
+
+def _extent(array: npt.NDArray[Any]) -> tuple[int, int]:
+    """The addresses of an array's first byte and of the one behind its last."""
+    low = high = array.__array_interface__["data"][0]
+    if array.size == 0:
+        return low, low
+    for length, stride in zip(array.shape, array.strides, strict=True):
+        reach = (length - 1) * stride
+        low, high = (low + reach, high) if reach < 0 else (low, high + reach)
+    return low, high + array.itemsize
+
+
+def _meets(extent: tuple[int, int], others: list[tuple[int, int]]) -> bool:
+    """Whether an extent overlaps one of `others`, which are sorted and disjoint."""
+    at = bisect.bisect_left(others, (extent[1],))
+    return at > 0 and others[at - 1][1] > extent[0] and extent[0] < extent[1]
