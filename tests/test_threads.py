@@ -331,6 +331,8 @@ def test_a_schedule_may_step_another_optimizer_and_set_rates():
 
 def test_a_large_step_lets_other_threads_run():
     # Switching by time is turned off, so another thread counts only while a step has given up the interpreter lock.
+    # One thread steps, so that the other finds a CPU.
+    onepass.set_num_threads(1)
     param, gradient = numbers(LARGE * 4), numbers(LARGE * 4, seed=1)
     opt = onepass.Adam(param)
     count, stop = [0], threading.Event()
@@ -348,7 +350,7 @@ def test_a_large_step_lets_other_threads_run():
         start = count[0]
         sum(range(1_000_000))  # holds the lock as long as a step takes
         held = count[0] - start
-        for _ in range(200):
+        for _ in range(2000):
             start = count[0]
             opt.step(gradient)
             released = count[0] - start
