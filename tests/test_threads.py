@@ -347,6 +347,7 @@ def test_a_large_step_lets_other_threads_run():
     thread.start()
     try:
         sys.setswitchinterval(1000)
+        time.sleep(0.05)  # who waits by the old interval gets its turn now
         start = count[0]
         sum(range(1_000_000))  # holds the lock as long as a step takes
         held = count[0] - start
