@@ -127,13 +127,24 @@ def test_registry_lists_names_once():
 @pytest.fixture(scope="module")
 def consumer(tmp_path_factory):
     """examples/cpp, built as a C++ user builds it: the library with no Python in sight."""
-    build = tmp_path_factory.mktemp("consumer")
+    return build_consumer(tmp_path_factory.mktemp("consumer"))
+
+
+@pytest.fixture(scope="module")
+def consumer_elsewhere(tmp_path_factory):
+    """The same, as on a machine that is not x86: only the name of the processor is another."""
+    return build_consumer(
+        tmp_path_factory.mktemp("elsewhere"), "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=riscv64"
+    )
+
+
+def build_consumer(build, *options):
     cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     assert cmake, "cmake is part of the test extra"
     # An environment without sanitizers preloaded: compilers do not run under them.
     environment = {name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", "PYTHONPATH")}
     for command in (
-        [cmake, "-S", str(REPOSITORY / "examples" / "cpp"), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"],
+        [cmake, "-S", str(REPOSITORY / "examples" / "cpp"), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release", *options],
         [cmake, "--build", str(build), "--parallel", "2"],
     ):
         result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -158,6 +169,15 @@ def test_cpp_consumer_runs(consumer):
     programs = [path for path in consumer.iterdir() if path.is_file() and os.access(path, os.X_OK)]
     assert len(programs) == 1
     assert tool(str(programs[0])).strip()
+
+
+def test_other_processors_get_the_scalar_build(consumer_elsewhere):
+    assert {path.parents[2].name for path in consumer_elsewhere.rglob("kernels.cpp.o")} == {
+        "onepass_kernels_scalar.dir"
+    }
+    printed = tool(str(consumer_elsewhere / "example"))
+    assert "scalar" in printed
+    assert "avx" not in printed
 
 
 def test_kernel_units_export_their_table_and_nothing_else(consumer):

@@ -83,7 +83,7 @@ class Batch {
   Keeper keeper_;
 
   // Every step reads all addresses anew, and compares them with those of the last step that passed: what has not moved
-  // need not be sorted again (1000 tensors: 0.1 ms of a step of 0.4).
+  // need not be sorted again (1000 tensors of Adam: 30 us of a step of 300).
   std::vector<Interval> written_, grads_;
   std::vector<Interval> sorted_;
   std::vector<MemoryRange> passed_written_, passed_grads_;
