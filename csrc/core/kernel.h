@@ -47,10 +47,15 @@ struct Kernel {
   UpdateFn update[DTypes::size];
 };
 
+namespace batchnorm {
+struct Table;
+}
+
 struct KernelTable {
   Isa isa;
   const Kernel* kernels;
   std::size_t count;
+  const batchnorm::Table* batchnorm;
 };
 
 }  // namespace onepass

@@ -122,8 +122,13 @@ using AllRows = Table<Rules, Yardsticks>;
 #define ONEPASS_JOIN_(a, b) a##b
 #define ONEPASS_JOIN(a, b) ONEPASS_JOIN_(a, b)
 
+namespace batchnorm {
+extern const Table ONEPASS_JOIN(kernels_, ONEPASS_ISA);  // batchnorm_kernels.cpp
+}
+
 extern const KernelTable ONEPASS_JOIN(kernels_, ONEPASS_ISA);
 const KernelTable ONEPASS_JOIN(kernels_, ONEPASS_ISA) = {kIsa, AllRows::rows,
-                                                         sizeof AllRows::rows / sizeof AllRows::rows[0]};
+                                                         sizeof AllRows::rows / sizeof AllRows::rows[0],
+                                                         &batchnorm::ONEPASS_JOIN(kernels_, ONEPASS_ISA)};
 
 }  // namespace onepass

@@ -38,6 +38,24 @@ struct Float32x8 {
     static_assert(std::is_same_v<D, Float32>);
     _mm256_storeu_ps(reinterpret_cast<float*>(to), value);
   }
+  template <class D>
+  HD static Float32x8 load_part(const std::byte* from, std::size_t count) {
+    static_assert(std::is_same_v<D, Float32>);
+    return Float32x8(_mm256_maskload_ps(reinterpret_cast<const float*>(from), first_lanes(count)));
+  }
+  template <class D>
+  HD void store_part(std::byte* to, std::size_t count) const {
+    static_assert(std::is_same_v<D, Float32>);
+    _mm256_maskstore_ps(reinterpret_cast<float*>(to), first_lanes(count), value);
+  }
+  template <class D>
+  HD void stream(std::byte* to) const {
+    static_assert(std::is_same_v<D, Float32>);
+    _mm256_stream_ps(reinterpret_cast<float*>(to), value);
+  }
+  HD friend Float32x8 first(std::size_t count, Float32x8 a, Float32x8 b) {
+    return Float32x8(_mm256_blendv_ps(b.value, a.value, _mm256_castsi256_ps(first_lanes(count))));
+  }
 
   HD friend Float32x8 operator+(Float32x8 a, Float32x8 b) { return Float32x8(_mm256_add_ps(a.value, b.value)); }
   HD friend Float32x8 operator-(Float32x8 a, Float32x8 b) { return Float32x8(_mm256_sub_ps(a.value, b.value)); }
@@ -50,12 +68,21 @@ struct Float32x8 {
     const __m256 subnormal = _mm256_cmp_ps(magnitude, _mm256_set1_ps(kSmallestNormal<float>), _CMP_LT_OQ);
     return Float32x8(_mm256_andnot_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0F), subnormal), a.value));
   }
+  HD friend Float32x8 gate(Float32x8 a, Float32x8 y) {
+    const __m256 closed = _mm256_cmp_ps(y.value, _mm256_setzero_ps(), _CMP_LE_OQ);
+    return Float32x8(_mm256_andnot_ps(closed, a.value));
+  }
   HD friend Float32x8 sign(Float32x8 a) {
     const __m256 zero = _mm256_setzero_ps();
     const __m256 up = _mm256_and_ps(_mm256_cmp_ps(a.value, zero, _CMP_GT_OQ), _mm256_set1_ps(1.0F));
     const __m256 down = _mm256_and_ps(_mm256_cmp_ps(a.value, zero, _CMP_LT_OQ), _mm256_set1_ps(-1.0F));
     const __m256 nan = _mm256_and_ps(_mm256_cmp_ps(a.value, a.value, _CMP_UNORD_Q), a.value);
     return Float32x8(_mm256_or_ps(_mm256_or_ps(up, down), nan));
+  }
+
+ private:
+  HD static __m256i first_lanes(std::size_t count) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
 };
 
@@ -78,6 +105,24 @@ struct Float64x4 {
     static_assert(std::is_same_v<D, Float64>);
     _mm256_storeu_pd(reinterpret_cast<double*>(to), value);
   }
+  template <class D>
+  HD static Float64x4 load_part(const std::byte* from, std::size_t count) {
+    static_assert(std::is_same_v<D, Float64>);
+    return Float64x4(_mm256_maskload_pd(reinterpret_cast<const double*>(from), first_lanes(count)));
+  }
+  template <class D>
+  HD void store_part(std::byte* to, std::size_t count) const {
+    static_assert(std::is_same_v<D, Float64>);
+    _mm256_maskstore_pd(reinterpret_cast<double*>(to), first_lanes(count), value);
+  }
+  template <class D>
+  HD void stream(std::byte* to) const {
+    static_assert(std::is_same_v<D, Float64>);
+    _mm256_stream_pd(reinterpret_cast<double*>(to), value);
+  }
+  HD friend Float64x4 first(std::size_t count, Float64x4 a, Float64x4 b) {
+    return Float64x4(_mm256_blendv_pd(b.value, a.value, _mm256_castsi256_pd(first_lanes(count))));
+  }
 
   HD friend Float64x4 operator+(Float64x4 a, Float64x4 b) { return Float64x4(_mm256_add_pd(a.value, b.value)); }
   HD friend Float64x4 operator-(Float64x4 a, Float64x4 b) { return Float64x4(_mm256_sub_pd(a.value, b.value)); }
@@ -90,12 +135,21 @@ struct Float64x4 {
     const __m256d subnormal = _mm256_cmp_pd(magnitude, _mm256_set1_pd(kSmallestNormal<double>), _CMP_LT_OQ);
     return Float64x4(_mm256_andnot_pd(_mm256_andnot_pd(_mm256_set1_pd(-0.0), subnormal), a.value));
   }
+  HD friend Float64x4 gate(Float64x4 a, Float64x4 y) {
+    const __m256d closed = _mm256_cmp_pd(y.value, _mm256_setzero_pd(), _CMP_LE_OQ);
+    return Float64x4(_mm256_andnot_pd(closed, a.value));
+  }
   HD friend Float64x4 sign(Float64x4 a) {
     const __m256d zero = _mm256_setzero_pd();
     const __m256d up = _mm256_and_pd(_mm256_cmp_pd(a.value, zero, _CMP_GT_OQ), _mm256_set1_pd(1.0));
     const __m256d down = _mm256_and_pd(_mm256_cmp_pd(a.value, zero, _CMP_LT_OQ), _mm256_set1_pd(-1.0));
     const __m256d nan = _mm256_and_pd(_mm256_cmp_pd(a.value, a.value, _CMP_UNORD_Q), a.value);
     return Float64x4(_mm256_or_pd(_mm256_or_pd(up, down), nan));
+  }
+
+ private:
+  HD static __m256i first_lanes(std::size_t count) {
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(static_cast<long long>(count)), _mm256_setr_epi64x(0, 1, 2, 3));
   }
 };
 

@@ -26,7 +26,7 @@ struct OneLane {
   template <class D>
   HD static OneLane load(const std::byte* from) {
     typename D::Storage x;
-    __builtin_memcpy(&x, from, sizeof x);
+    __builtin_memcpy(&x, from, sizeof x);  // NOLINT(clang-analyzer-unix.cstring.UninitializedRead): lost in loops
     return OneLane(D::widen(x));
   }
   template <class D>
@@ -34,6 +34,21 @@ struct OneLane {
     const typename D::Storage x = D::narrow(value);
     __builtin_memcpy(to, &x, sizeof x);
   }
+  // The first `count` lanes, 0 < count < lanes; the others are 0, or stay as they are in memory. One lane has no part.
+  template <class D>
+  HD static OneLane load_part(const std::byte* from, std::size_t /*count*/) {
+    return load<D>(from);
+  }
+  template <class D>
+  HD void store_part(std::byte* to, std::size_t /*count*/) const {
+    store<D>(to);
+  }
+  // To an aligned address, past the caches where the machine can.
+  template <class D>
+  HD void stream(std::byte* to) const {
+    store<D>(to);
+  }
+  HD friend OneLane first(std::size_t /*count*/, OneLane a, OneLane /*b*/) { return a; }  // then the lanes of b
 
   HD friend OneLane operator+(OneLane a, OneLane b) { return OneLane(a.value + b.value); }
   HD friend OneLane operator-(OneLane a, OneLane b) { return OneLane(a.value - b.value); }
@@ -45,6 +60,7 @@ struct OneLane {
   HD friend OneLane flush(OneLane a) {
     return magnitude(a.value) < kSmallestNormal<S> ? OneLane(static_cast<S>(__builtin_copysign(S(0), a.value))) : a;
   }
+  HD friend OneLane gate(OneLane a, OneLane y) { return y.value <= S(0) ? OneLane(S(0)) : a; }  // NaN passes a
   HD friend OneLane sign(OneLane a) {  // 1, -1, or +0 for a zero of either sign; NaN stays NaN
     if (a.value > S(0)) return OneLane(S(1));
     if (a.value < S(0)) return OneLane(S(-1));
