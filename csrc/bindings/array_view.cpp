@@ -212,7 +212,7 @@ bool is_numpy_array(py::handle object) { return PyObject_TypeCheck(object.ptr(),
 
 ArrayView view_numpy_array(py::handle object) {
   if (Py_TYPE(object.ptr()) != ndarray_type() && is_masked(object)) {
-    throw ArgumentError(Kind::type, "is a masked array, whose mask an update would ignore; pass its .data");
+    throw ArgumentError(Kind::type, "is a masked array, whose mask would be ignored; pass its .data");
   }
   ArrayView view = view_numpy(object);
   count_elements(view);

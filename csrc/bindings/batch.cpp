@@ -1,15 +1,10 @@
 #include "bindings/batch.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <limits>
-#include <thread>
 
-#if defined(__GLIBCXX__)
-#include <cxxabi.h>
-#endif
-
+#include "bindings/gil.h"
 #include "core/layout.h"
 #include "cpu/parallel.h"
 
@@ -64,25 +59,6 @@ void require_match(const ArrayView& view, const ArrayView& param) {
                                         info(param.dtype).name);
   }
 }
-
-// Takes the interpreter lock back. Before CPython 3.14 that ends the thread, by unwinding it, when the interpreter has
-// been shut down meanwhile (a daemon thread). What lies above us does not survive that: the thread waits instead, like
-// in later versions, until the process is gone.
-void restore(PyThreadState* state) {
-#if defined(__GLIBCXX__)
-  try {
-    PyEval_RestoreThread(state);
-  } catch (abi::__forced_unwind&) {
-    for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
-  }
-#else
-  PyEval_RestoreThread(state);
-#endif
-}
-
-// The smallest step for which the interpreter lock is released: below it, giving the lock back costs more than the
-// work.
-constexpr std::size_t kReleaseBytes = std::size_t{1} << 15;
 
 }  // namespace
 
@@ -263,16 +239,7 @@ Isa Batch::run() const {
   for (const Tensor& tensor : tensors_) bytes += traffic(tensor);
   if (bytes < kReleaseBytes && bytes < serial_bytes()) return update(tensors_, 1);
   const std::size_t threads = thread_count();
-  PyThreadState* const state = PyEval_SaveThread();
-  Isa isa = Isa::scalar;
-  try {
-    isa = update(tensors_, threads);
-  } catch (...) {  // no memory for the list of parts
-    restore(state);
-    throw;
-  }
-  restore(state);
-  return isa;
+  return without_interpreter_lock([&] { return update(tensors_, threads); });
 }
 
 }  // namespace onepass

@@ -13,7 +13,9 @@
 #include <vector>
 
 #include "bindings/batch.h"
+#include "bindings/batchnorm.h"
 #include "core/partition.h"
+#include "cpu/cache.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
 
@@ -403,6 +405,8 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
     return names;
   });
 
+  bind_batchnorm(m);
+
   m.def("isa", [] { return isa_name(active_kernels().isa); });
   m.def("available_isas", [] {
     std::vector<std::string> names;
@@ -412,6 +416,9 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
   m.def("set_isa", [](const std::string& name) { set_isa(name); }, py::arg("name"));
   m.def("serial_bytes", &serial_bytes);
   m.def("set_serial_bytes", &set_serial_bytes, py::arg("count"));
+  m.def(
+      "set_cache_sizes", [](std::size_t level2, std::size_t level3) { set_cache_sizes({level2, level3}); },
+      py::arg("level2"), py::arg("level3"));
   m.def("get_num_threads", &thread_count);
   m.def("set_num_threads", &set_thread_count, py::arg("count"));
 }

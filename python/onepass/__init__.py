@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from onepass import _cpu, functional, schedules
+from onepass.batchnorm import BatchNorm, empty_cache, get_cache_limit, set_cache_limit
 from onepass.isa import available_isas, isa, set_isa
 from onepass.isa import read_environment as _read_isa
 from onepass.optim import (
@@ -32,6 +33,7 @@ __all__ = [
     "AdaSqrt",
     "Adam",
     "AdamW",
+    "BatchNorm",
     "Momentum",
     "Nadam",
     "Optimizer",
@@ -39,10 +41,13 @@ __all__ = [
     "RMSprop",
     "__version__",
     "available_isas",
+    "empty_cache",
     "functional",
+    "get_cache_limit",
     "get_num_threads",
     "isa",
     "schedules",
+    "set_cache_limit",
     "set_isa",
     "set_num_threads",
 ]

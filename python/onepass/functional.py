@@ -1,9 +1,10 @@
-"""The update rules as functions over arrays that the caller owns, for backends that keep their own state.
+"""Update rules and batch normalization as functions over arrays that the caller owns, for backends that keep the state.
 
-Each function updates `params` and the states in place, in one pass over memory, by the kernels and with the checks of
+:func:`batch_norm` and :func:`batch_norm_backward` are described with themselves. Each of the other functions is an
+update rule: it updates `params` and the states in place, in one pass over memory, by the kernels and with the checks of
 the optimizer class of the same name; the class's docstring has the formula and the ranges of the hyper-parameters.
 
-Parameters that all functions share:
+Parameters that all update rules share:
 
 params, grads : sequence of arrays, or one array
     As in :class:`onepass.Optimizer`. ``None`` in the place of a gradient leaves that parameter and its states alone.
@@ -38,13 +39,28 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 
 from onepass import _cpu
+from onepass.batchnorm import BatchNormGradients, batch_norm, batch_norm_backward
 from onepass.optim import NAG, SGD, AdaGrad, Adam, AdaSqrt, Momentum, Nadam, Optimizer, RMSprop
 from onepass.optim import hyper as hp
 from onepass.optim.hyper import LearningRate
 from onepass.optim.optimizer import Array
 from onepass.optim.structure import is_sequence
 
-__all__ = ["adagrad", "adam", "adamw", "adasqrt", "amsgrad", "momentum", "nadam", "nag", "rmsprop", "sgd"]
+__all__ = [
+    "BatchNormGradients",
+    "adagrad",
+    "adam",
+    "adamw",
+    "adasqrt",
+    "amsgrad",
+    "batch_norm",
+    "batch_norm_backward",
+    "momentum",
+    "nadam",
+    "nag",
+    "rmsprop",
+    "sgd",
+]
 
 Arrays: TypeAlias = "Array | Sequence[Any]"
 

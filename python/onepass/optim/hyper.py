@@ -42,7 +42,8 @@ def _nonnegative_or_inf(value: Any, name: str) -> float:
     return real(value, name, "a number >= 0 or inf", lambda x: x >= 0.0)
 
 
-def _flag(value: Any, name: str) -> bool:
+def flag(value: Any, name: str) -> bool:
+    """`value` as a bool, if it is one."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
     return bool(value)
@@ -79,14 +80,14 @@ RANGES: dict[str, Callable[[Any, str], Any]] = {
     "momentum_decay": _nonnegative_or_inf,
     "weight_decay": _nonnegative,
     "l1": _nonnegative,
-    "decoupled_weight_decay": _flag,
-    "maximize": _flag,
-    "lr_in_velocity": _flag,
-    "centered": _flag,
-    "bias_correction": _flag,
-    "eps_hat": _flag,
-    "amsgrad": _flag,
-    "max_of_corrected": _flag,
+    "decoupled_weight_decay": flag,
+    "maximize": flag,
+    "lr_in_velocity": flag,
+    "centered": flag,
+    "bias_correction": flag,
+    "eps_hat": flag,
+    "amsgrad": flag,
+    "max_of_corrected": flag,
 }
 
 

@@ -15,6 +15,7 @@ from onepass import _cpu
 from onepass.optim import hyper as hp
 from onepass.optim.hyper import Hyper, LearningRate, ParamGroup
 from onepass.optim.structure import parse_groups
+from onepass.state_dicts import count, entries, matching_array
 
 
 class SupportsDLPack(Protocol):
@@ -256,7 +257,7 @@ class Optimizer:
             then.
         """
         with self._updater:
-            groups = self._read_groups(_entries(state_dict, "state_dict", ("optimizer", "param_groups", "state")))
+            groups = self._read_groups(entries(state_dict, "state_dict", ("optimizer", "param_groups", "state")))
             counts, copies = self._read_state(state_dict["state"])
             # From here on nothing can fail.
             self._updater.counts = counts
@@ -266,29 +267,15 @@ class Optimizer:
                 values.update(loaded)
 
     def _read_state(self, given: Any) -> tuple[list[int], list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]]:
-        saved = _entries(given, "state", range(len(self._flat)))
+        saved = entries(given, "state", range(len(self._flat)))
         own = sorted(_extent(array) for arrays in self._state for array in arrays.values())
         counts: list[int] = []
         copies: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
         for index, arrays in enumerate(self._state):
-            entry = _entries(saved[index], f"state[{index}]", ("step", *arrays))
-            step = entry["step"]
-            if isinstance(step, bool) or not isinstance(step, (int, np.integer)):
-                raise TypeError(f"state[{index}]['step']: expected an integer from 0 to 2**62, got {step!r}")
-            if not 0 <= step <= 2**62:
-                raise ValueError(f"state[{index}]['step']: expected an integer from 0 to 2**62, got {step!r}")
-            counts.append(int(step))
+            entry = entries(saved[index], f"state[{index}]", ("step", *arrays))
+            counts.append(count(entry["step"], f"state[{index}]['step']"))
             for name, array in arrays.items():
-                value, label = entry[name], f"state[{index}][{name!r}]"
-                if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
-                    raise TypeError(f"{label}: expected a NumPy array, got {type(value).__name__}")
-                value = np.asarray(value)  # a subclass may have a way of its own of being copied
-                if value.shape != array.shape:
-                    raise ValueError(f"{label}: shape {value.shape} does not match {array.shape}")
-                if not array.flags.writeable:
-                    raise ValueError(f"{label}: this optimizer's own array has been made read-only")
-                if value.dtype != array.dtype:
-                    raise TypeError(f"{label}: dtype {value.dtype} does not match {array.dtype}")
+                value = matching_array(entry[name], array, f"state[{index}][{name!r}]")
                 # What lies in this optimizer's own arrays may be overwritten before it is read.
                 copies.append((array, value.copy() if _meets(_extent(value), own) else value))
         return counts, copies
@@ -304,7 +291,7 @@ class Optimizer:
         start = 0
         for index, (group, values) in enumerate(zip(self._param_groups, self._hyper, strict=True)):
             label = f"param_groups[{index}]"
-            entry = dict(_entries(saved[index], label, ("params", *values)))
+            entry = dict(entries(saved[index], label, ("params", *values)))
             members = list(range(start, start + len(group["params"])))
             start += len(members)
             given = entry.pop("params")
@@ -328,19 +315,6 @@ class Optimizer:
             "{" + ", ".join(f"{name}={value!r}" for name, value in values.items()) + "}" for values in self._hyper
         )
         return f"{type(self).__name__}({len(self._flat)} parameters, {groups})"
-
-
-def _entries(value: Any, label: str, keys: Any) -> Mapping[Any, Any]:
-    """`value`, if it is a mapping with these keys and no other."""
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{label}: expected a dict, got {type(value).__name__}")
-    for key in keys:
-        if key not in value:
-            raise ValueError(f"{label}: {key!r} is missing")
-    if len(value) != len(keys):
-        unknown = next(key for key in value if key not in keys)
-        raise ValueError(f"{label}: {unknown!r} is unknown")
-    return value
 
 
 def _extent(array: npt.NDArray[Any]) -> tuple[int, int]:

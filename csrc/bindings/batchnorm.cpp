@@ -1,0 +1,408 @@
+#include "bindings/batchnorm.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <limits>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "bindings/array_view.h"
+#include "bindings/buffer_pool.h"
+#include "bindings/gil.h"
+#include "cpu/batchnorm.h"
+#include "cpu/dispatch.h"
+#include "cpu/parallel.h"
+
+namespace onepass {
+namespace {
+
+using Kind = ArgumentError::Kind;
+
+// The arrays of one call, under their names in messages.
+class Arguments {
+ public:
+  enum class Use : std::uint8_t { read, written };
+
+  // Takes note of an argument that is needed, or of one that may be None.
+  void need(const char* name, py::handle object, Use use) { entries_.push_back({name, object, use, {}}); }
+  void allow(const char* name, py::handle object, Use use) {
+    if (!object.is_none()) need(name, object, use);
+  }
+
+  // Views all. Foreign arrays come first: their own code, which exports them, may change NumPy's.
+  void read() {
+    for (const bool foreign : {true, false}) {
+      for (Entry& entry : entries_) {
+        if (is_numpy_array(entry.object) == foreign) continue;
+        named(entry.name, [&] { entry.view = view_array(entry.object, keeper_); });
+      }
+    }
+    for (const Entry& entry : entries_) {
+      if (entry.use != Use::written) continue;
+      named(entry.name, [&] {
+        if (entry.view.copied) {
+          throw ArgumentError(Kind::value, "its __dlpack__() exports a copy; the result would land there");
+        }
+        if (!entry.view.writable) throw ArgumentError(Kind::value, "is read-only and cannot be written");
+      });
+    }
+  }
+
+  // Null if it was not given.
+  const ArrayView* find(const char* name) const {
+    for (const Entry& entry : entries_) {
+      if (std::string_view(entry.name) == name) return &entry.view;
+    }
+    return nullptr;
+  }
+  const ArrayView& operator[](const char* name) const { return *find(name); }
+  bool is_written(std::string_view name) const {
+    return std::ranges::any_of(entries_, [&](const Entry& e) { return e.name == name && e.use == Use::written; });
+  }
+  void* data(const char* name) const {
+    const ArrayView* const view = find(name);
+    return view == nullptr ? nullptr : view->data;
+  }
+
+  template <class Action>
+  static void named(const char* name, Action action) {
+    try {
+      action();
+    } catch (const ArgumentError& error) {
+      error.raise(name);
+    }
+  }
+
+  void require_contiguous(const char* name) const {
+    if (find(name) == nullptr) return;
+    const ArrayView& view = (*this)[name];
+    if (view.count == 0) return;
+    auto expected = static_cast<std::ptrdiff_t>(view.itemsize());
+    bool contiguous = true;
+    for (std::size_t a = view.shape.size(); a-- > 0;) {
+      if (view.shape[a] != 1 && view.strides[a] != expected) contiguous = false;
+      expected *= view.shape[a];
+    }
+    if (contiguous) return;
+    const std::string given = "strides " + shape_text(view.strides) + " in bytes, of shape " + shape_text(view.shape) +
+                              ", are not those of a C-contiguous array; ";
+    const std::string copy = "np.ascontiguousarray(" + std::string(name) + ")";
+    named(name, [&] {
+      if (is_written(name)) {
+        throw ArgumentError(Kind::value,
+                            given + "a result in " + copy + " would be lost, so make it contiguous from the start");
+      }
+      throw ArgumentError(Kind::value, given + "pass " + copy);
+    });
+  }
+
+  void require_like(const char* name, const char* other) const {
+    if (find(name) == nullptr) return;
+    const ArrayView& view = (*this)[name];
+    const ArrayView& model = (*this)[other];
+    named(name, [&] {
+      if (!std::ranges::equal(view.shape, model.shape)) {
+        throw ArgumentError(Kind::value, "shape " + shape_text(view.shape) + " does not match that of " + other + ", " +
+                                             shape_text(model.shape));
+      }
+    });
+    require_dtype(name, model.dtype, other);
+    require_contiguous(name);
+  }
+
+  void require_per_channel(const char* name, std::size_t channels, DType dtype, const char* other) const {
+    if (find(name) == nullptr) return;
+    const ArrayView& view = (*this)[name];
+    named(name, [&] {
+      if (view.shape.size() != 1 || !std::cmp_equal(view.shape[0], channels)) {
+        throw ArgumentError(Kind::value, "shape " + shape_text(view.shape) + ", expected (" + std::to_string(channels) +
+                                             ",), one value for each channel of x");
+      }
+    });
+    require_dtype(name, dtype, other);
+    require_contiguous(name);
+  }
+
+  // No written array may share memory with another one; but `same` may be exactly the array `as`.
+  void require_disjoint(const char* same, const char* as) const {
+    for (std::size_t i = 0; i < entries_.size(); ++i) {
+      for (std::size_t k = 0; k < i; ++k) {
+        const Entry& a = entries_[i];
+        const Entry& b = entries_[k];
+        if (a.use != Use::written && b.use != Use::written) continue;
+        const MemoryRange range_a = memory_range(a.view);
+        const MemoryRange range_b = memory_range(b.view);
+        if (!range_a.meets(range_b)) continue;
+        const Entry& written = a.use == Use::written ? a : b;
+        const Entry& other = a.use == Use::written ? b : a;
+        if (same != nullptr && std::string_view(written.name) == same && std::string_view(other.name) == as &&
+            range_a == range_b) {
+          continue;
+        }
+        throw py::value_error(std::string(written.name) + ": overlaps " + other.name +
+                              " in memory; what is written must not share memory with anything else");
+      }
+    }
+  }
+
+ private:
+  struct Entry {
+    const char* name;
+    py::handle object;
+    Use use;
+    ArrayView view;
+  };
+
+  void require_dtype(const char* name, DType dtype, const char* other) const {
+    named(name, [&] {
+      const ArrayView& view = (*this)[name];
+      if (view.dtype != dtype) {
+        throw ArgumentError(Kind::type, std::string("dtype ") + info(view.dtype).name + ", expected " +
+                                            info(dtype).name +
+                                            (other == nullptr ? "" : std::string(", the dtype of ") + other));
+      }
+    });
+  }
+
+  std::deque<Entry> entries_;
+  Keeper keeper_;
+};
+
+using Use = Arguments::Use;
+
+// The shape of x, seen from its channel axis.
+void take_shape(batchnorm::Batch& batch, const Arguments& arguments, py::ssize_t channel_axis) {
+  const ArrayView& x = arguments["x"];
+  const auto ndim = static_cast<py::ssize_t>(x.shape.size());
+  Arguments::named("x", [&] {
+    if (ndim < 2) {
+      throw ArgumentError(Kind::value, "shape " + shape_text(x.shape) + ", expected 2 or more dimensions");
+    }
+  });
+  if (channel_axis < -ndim || channel_axis >= ndim) {
+    throw py::value_error("channel_axis: " + std::to_string(channel_axis) + " is not an axis of x, whose shape is " +
+                          shape_text(x.shape));
+  }
+  arguments.require_contiguous("x");
+  const auto axis = static_cast<std::size_t>(channel_axis < 0 ? channel_axis + ndim : channel_axis);
+  batch.dtype = x.dtype;
+  batch.x = x.data;
+  batch.outer = batch.inner = 1;
+  for (std::size_t a = 0; a < axis; ++a) batch.outer *= static_cast<std::size_t>(x.shape[a]);
+  batch.channels = static_cast<std::size_t>(x.shape[axis]);
+  for (std::size_t a = axis + 1; a < x.shape.size(); ++a) batch.inner *= static_cast<std::size_t>(x.shape[a]);
+}
+
+// What a layer tells of itself: the channels and the dtype that x must have, and a list that is written at once with
+// the running statistics, because between two lines of Python an interrupt may come: [what the backward pass needs, or
+// why there is nothing; batches that the running statistics have seen].
+struct Layer {
+  std::size_t channels;
+  std::string dtype;
+  py::list record;
+  py::object kept;         // of the layer's own, for its backward pass
+  py::object overwritten;  // what the record holds after a forward pass in place
+
+  explicit Layer(const py::tuple& given)
+      : channels(given[0].cast<std::size_t>()),
+        dtype(given[1].cast<std::string>()),
+        record(given[2]),
+        kept(given[3]),
+        overwritten(given[4]) {}
+};
+
+void require_layer(const batchnorm::Batch& batch, const Arguments& arguments, const Layer& layer) {
+  Arguments::named("x", [&] {
+    if (batch.channels != layer.channels) {
+      throw ArgumentError(Kind::value,
+                          "shape " + shape_text(arguments["x"].shape) + " has " + std::to_string(batch.channels) +
+                              " channels along channel_axis; this layer has " + std::to_string(layer.channels));
+    }
+    if (info(batch.dtype).name != layer.dtype) {
+      throw ArgumentError(Kind::type, std::string("dtype ") + info(batch.dtype).name + ", expected " + layer.dtype +
+                                          ", the dtype of this layer");
+    }
+  });
+}
+
+// 1 / sqrt(eps) is what a channel without variance is multiplied with.
+void require_eps(double eps, DType dtype) {
+  const double largest = dtype == DType::float32 ? static_cast<double>(std::numeric_limits<float>::max())
+                                                 : std::numeric_limits<double>::max();
+  if (eps >= std::numeric_limits<double>::min() && 1.0 / std::sqrt(eps) <= largest) return;
+  throw py::value_error("eps: " + std::string(py::str(py::float_(eps))) + " is too small for " + info(dtype).name +
+                        ", where 1 / sqrt(eps) would be infinite");
+}
+
+template <class Call>
+Isa run(Isa (*pass)(const Call&, std::size_t), const Call& call, std::size_t arrays) {
+  const std::size_t bytes = arrays * call.count() * info(call.dtype).itemsize;
+  if (bytes < kReleaseBytes) return pass(call, thread_count());
+  return without_interpreter_lock([&] { return pass(call, thread_count()); });
+}
+
+// Aligned, wherever the caller's array lies.
+std::vector<double> copy_of(const ArrayView& view) {
+  std::vector<double> values(view.count);
+  if (!values.empty()) std::memcpy(values.data(), view.data, view.count * sizeof(double));
+  return values;
+}
+
+py::array_t<double> per_channel(std::size_t channels) {
+  return py::array_t<double>(static_cast<py::ssize_t>(channels));
+}
+
+// (y, mean, invstd, name of the instruction set that ran). `given_layer`: None, or what makes a Layer.
+py::tuple forward(const py::object& x, const py::object& weight, const py::object& bias, const py::object& running_mean,
+                  const py::object& running_var, const py::object& residual, const py::object& out, bool training,
+                  double momentum, bool unbiased, double eps, py::ssize_t channel_axis, bool relu,
+                  const std::optional<py::tuple>& given_layer) {
+  Arguments arguments;
+  arguments.need("x", x, Use::read);
+  arguments.allow("weight", weight, Use::read);
+  arguments.allow("bias", bias, Use::read);
+  arguments.allow("running_mean", running_mean, training ? Use::written : Use::read);
+  arguments.allow("running_var", running_var, training ? Use::written : Use::read);
+  arguments.allow("residual", residual, Use::read);
+  arguments.allow("out", out, Use::written);
+  if (running_mean.is_none() != running_var.is_none()) {
+    const bool mean = running_mean.is_none();
+    throw py::type_error(std::string(mean ? "running_mean" : "running_var") + ": expected an array, because " +
+                         (mean ? "running_var" : "running_mean") + " is given");
+  }
+  if (!training && running_mean.is_none()) {
+    throw py::type_error("running_mean: expected an array, because training is False");
+  }
+  arguments.read();
+
+  batchnorm::ForwardCall call;
+  take_shape(call, arguments, channel_axis);
+  const std::optional<Layer> layer = given_layer ? std::optional<Layer>(*given_layer) : std::nullopt;
+  if (layer) require_layer(call, arguments, *layer);
+  for (const char* name : {"weight", "bias", "running_mean", "running_var"}) {
+    arguments.require_per_channel(name, call.channels, call.dtype, "x");
+  }
+  arguments.require_like("residual", "x");
+  arguments.require_like("out", "x");
+  if (training && call.channels > 0 && call.per_channel() == 1) {
+    throw py::value_error(
+        "x: shape " + shape_text(arguments["x"].shape) +
+        " has one value for each channel, whose variance has no meaning; training needs at least two");
+  }
+  require_eps(eps, call.dtype);
+  arguments.require_disjoint(training ? nullptr : "out", "x");
+
+  const py::object y = out.is_none() ? py::object(pooled_array(arguments["x"].shape, call.dtype, call.x)) : out;
+  const py::array_t<double> mean = per_channel(call.channels);
+  const py::array_t<double> invstd = per_channel(call.channels);
+  call.y = out.is_none() ? py::reinterpret_borrow<py::array>(y).mutable_data() : arguments.data("out");
+  call.weight = arguments.data("weight");
+  call.bias = arguments.data("bias");
+  call.residual = arguments.data("residual");
+  call.relu = relu;
+  call.eps = eps;
+  call.training = training;
+  call.running_mean = arguments.data("running_mean");
+  call.running_var = arguments.data("running_var");
+  call.momentum = momentum;
+  call.unbiased = unbiased;
+  call.mean = const_cast<double*>(mean.data());
+  call.invstd = const_cast<double*>(invstd.data());
+  const Isa isa = run(&batchnorm::forward, call, 2);
+  if (layer) {
+    const bool empty = call.count() == 0;
+    const bool in_place = call.y == call.x && !empty;
+    const py::object y_or_none = relu && !residual.is_none() ? y : py::none();
+    layer->record[0] = in_place ? layer->overwritten : py::make_tuple(x, y_or_none, mean, invstd, layer->kept);
+    if (training && !empty) layer->record[1] = layer->record[1].cast<std::int64_t>() + 1;
+  }
+  return py::make_tuple(y, mean, invstd, isa_name(isa));
+}
+
+// (dx, dweight, dbias, dresidual or None, name of the instruction set that ran)
+py::tuple backward(const py::object& dy, const py::object& x, const py::object& mean, const py::object& invstd,
+                   const py::object& weight, const py::object& bias, const py::object& y, const py::object& out,
+                   const py::object& weight_grad, const py::object& bias_grad, bool training, py::ssize_t channel_axis,
+                   bool relu) {
+  Arguments arguments;
+  arguments.need("dy", dy, Use::read);
+  arguments.need("x", x, Use::read);
+  arguments.need("mean", mean, Use::read);
+  arguments.need("invstd", invstd, Use::read);
+  arguments.allow("weight", weight, Use::read);
+  arguments.allow("bias", bias, Use::read);
+  arguments.allow("y", y, Use::read);
+  arguments.allow("out", out, Use::written);
+  arguments.allow("weight_grad", weight_grad, Use::written);
+  arguments.allow("bias_grad", bias_grad, Use::written);
+  arguments.read();
+
+  batchnorm::BackwardCall call;
+  take_shape(call, arguments, channel_axis);
+  arguments.require_like("dy", "x");
+  arguments.require_like("y", "x");
+  arguments.require_like("out", "x");
+  for (const char* name : {"mean", "invstd"}) {
+    arguments.require_per_channel(name, call.channels, DType::float64, nullptr);
+  }
+  for (const char* name : {"weight", "bias", "weight_grad", "bias_grad"}) {
+    arguments.require_per_channel(name, call.channels, call.dtype, "x");
+  }
+  arguments.require_disjoint(nullptr, nullptr);
+
+  const py::object dx = out.is_none() ? py::object(pooled_array(arguments["x"].shape, call.dtype, call.x)) : out;
+  py::object dresidual = py::none();
+  call.dx = out.is_none() ? py::reinterpret_borrow<py::array>(dx).mutable_data() : arguments.data("out");
+  if (relu && !y.is_none()) {
+    py::array array = pooled_array(arguments["x"].shape, call.dtype, call.dx);
+    call.dresidual = array.mutable_data();
+    dresidual = std::move(array);
+  }
+  call.dy = arguments.data("dy");
+  call.weight = arguments.data("weight");
+  call.bias = arguments.data("bias");
+  call.y = relu ? arguments.data("y") : nullptr;
+  call.relu = relu;
+  call.frozen = !training;
+  const std::vector<double> means = copy_of(arguments["mean"]);
+  const std::vector<double> invstds = copy_of(arguments["invstd"]);
+  call.mean = means.data();
+  call.invstd = invstds.data();
+  const auto gradient = [&](const char* name, const py::object& given, void*& to) -> py::object {
+    to = arguments.data(name);
+    if (!given.is_none()) return given;
+    py::array array(py::dtype(info(call.dtype).name), static_cast<py::ssize_t>(call.channels));
+    to = array.mutable_data();
+    return array;
+  };
+  const py::object dweight = gradient("weight_grad", weight_grad, call.dweight);
+  const py::object dbias = gradient("bias_grad", bias_grad, call.dbias);
+  const Isa isa = run(&batchnorm::backward, call, 3);
+  return py::make_tuple(dx, dweight, dbias, dresidual, isa_name(isa));
+}
+
+}  // namespace
+
+void bind_batchnorm(py::module_& m) {
+  m.def("batch_norm_forward", &forward, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("running_mean"),
+        py::arg("running_var"), py::arg("residual"), py::arg("out"), py::arg("training"), py::arg("momentum"),
+        py::arg("unbiased"), py::arg("eps"), py::arg("channel_axis"), py::arg("relu"), py::arg("layer"));
+  m.def("batch_norm_backward", &backward, py::arg("dy"), py::arg("x"), py::arg("mean"), py::arg("invstd"),
+        py::arg("weight"), py::arg("bias"), py::arg("y"), py::arg("out"), py::arg("weight_grad"), py::arg("bias_grad"),
+        py::arg("training"), py::arg("channel_axis"), py::arg("relu"));
+  m.def("empty_cache", &empty_cache);
+  m.def("cache_limit", &cache_limit);
+  m.def("set_cache_limit", &set_cache_limit, py::arg("count"));
+  m.def("cached_bytes", &cached_bytes);
+}
+
+}  // namespace onepass

@@ -1,0 +1,47 @@
+"""Reading what a ``state_dict`` holds: structure and arrays are checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+def entries(value: Any, label: str, keys: Any) -> Mapping[Any, Any]:
+    """`value`, if it is a mapping with these keys and no other."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{label}: expected a dict, got {type(value).__name__}")
+    for key in keys:
+        if key not in value:
+            raise ValueError(f"{label}: {key!r} is missing")
+    if len(value) != len(keys):
+        unknown = next(key for key in value if key not in keys)
+        raise ValueError(f"{label}: {unknown!r} is unknown")
+    return value
+
+
+def matching_array(value: Any, array: npt.NDArray[Any], label: str) -> npt.NDArray[Any]:
+    """`value` as a plain array, if it is one that can be copied into `array`."""
+    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{label}: expected a NumPy array, got {type(value).__name__}")
+    plain = np.asarray(value)  # a subclass may have a way of its own of being copied
+    if plain.shape != array.shape:
+        raise ValueError(f"{label}: shape {plain.shape} does not match {array.shape}")
+    if not array.flags.writeable:
+        raise ValueError(f"{label}: the array that it would be copied into has been made read-only")
+    if plain.dtype != array.dtype:
+        raise TypeError(f"{label}: dtype {plain.dtype} does not match {array.dtype}")
+    return plain
+
+
+def count(value: Any, label: str) -> int:
+    """`value` as an int, if it can be a number of steps. Files give back a 0-d array for it."""
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{label}: expected an integer from 0 to 2**62, got {value!r}")
+    if not 0 <= value <= 2**62:
+        raise ValueError(f"{label}: expected an integer from 0 to 2**62, got {value!r}")
+    return int(value)
