@@ -1,9 +1,11 @@
 """Train a neural network on handwritten digits with every optimizer of onepass, and time their steps.
 
 The network is plain NumPy (``mlp.py``); the data are the 1,797 real digits that ship inside scikit-learn, or your own.
-Each optimizer starts from the same weights and sees the same batches. Its step on the network's parameters is timed
-against the same formula in NumPy (``numpy_rules.py``), after a check that both give the same parameters. The pictures
-come from ``race.py``.
+Each optimizer starts from the same weights and sees the same batches. It trains the network twice, without and with
+batch normalization (``onepass.BatchNorm``) before each ReLU, whose weights it steps as any others. All that is repeated
+with other test samples, weights and batches, and the means are shown: a single run is luck as much as skill. A step on
+the network's parameters is timed against the same formula in NumPy (``numpy_rules.py``), after a check that both give
+the same parameters. The pictures come from ``race.py``.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NoReturn, TypeAlias
 
 # Matrices this small gain nothing from a second BLAS thread, and lose a lot where the threads have to share a core.
@@ -32,7 +35,8 @@ from numpy_rules import RULES, new_state
 
 Array: TypeAlias = npt.NDArray[Any]
 
-# Under these each optimizer trains the network well, and no two curves lie on each other; the rest are the defaults.
+# Under these each optimizer trains the network well without batch normalization, and no two of its curves lie on each
+# other; the rest are the defaults.
 SETTINGS: dict[str, dict[str, float]] = {
     "SGD": {"lr": 0.05},
     "Momentum": {"lr": 0.01},
@@ -72,10 +76,21 @@ class Dataset:
 class Result:
     """What the table and the pictures show of one optimizer."""
 
-    losses: list[float] = field(default_factory=list)
-    accuracy: float = 0.0
+    losses: list[float] = field(default_factory=list)  # by epoch, in the mean of all runs, without batch normalization
+    accuracies: list[float] = field(default_factory=list)  # of each run after the last epoch, without and
+    accuracies_with_norm: list[float] = field(default_factory=list)  # with batch normalization
     onepass_us: float = 0.0
     numpy_us: float = 0.0
+
+    @property
+    def percent(self) -> float:
+        """Mean test accuracy without batch normalization, as it is shown."""
+        return round(100 * fmean(self.accuracies), 1)
+
+    @property
+    def percent_with_norm(self) -> float:
+        """Mean test accuracy with batch normalization, as it is shown."""
+        return round(100 * fmean(self.accuracies_with_norm), 1)
 
 
 # Data
@@ -174,15 +189,17 @@ def prepare(x: Array, y: Array, rng: np.random.Generator) -> Dataset:
 # Training and timing
 
 
-def new_network(data: Dataset) -> MLP:
-    """Return the network as it is before training, always the same."""
-    return MLP((data.x_train.shape[1], *HIDDEN, data.classes), np.random.default_rng(1))
+def new_network(data: Dataset, run: int = 0, *, batch_norm: bool = True) -> MLP:
+    """Return the network as it is before training; the weights of a run are the same for each optimizer."""
+    sizes = (data.x_train.shape[1], *HIDDEN, data.classes)
+    return MLP(sizes, np.random.default_rng((1, run)), batch_norm=batch_norm)
 
 
 def batches(data: Dataset, rng: np.random.Generator) -> list[tuple[Array, Array]]:
     """Return the training samples of one epoch, shuffled."""
     order = rng.permutation(len(data.x_train))
-    chosen = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+    # A single sample has no variance to be normalized by: if one is left over, it joins the batch before.
+    chosen = np.split(order, range(BATCH, len(order) - 1, BATCH))
     return [(data.x_train[index], data.y_train[index]) for index in chosen]
 
 
@@ -238,58 +255,100 @@ def compare(name: str, data: Dataset, gradients: Sequence[Mapping[str, Array]]) 
     return float(ours_ns) / 1e3, float(theirs_ns) / 1e3
 
 
-def run(names: Sequence[str], data: Dataset, epochs: int, console: Any) -> dict[str, Result]:
-    """Train with every optimizer in turn, under progress bars, and time its steps."""
+class Training:
+    """One network on its way, trained by one optimizer."""
+
+    def __init__(self, name: str, data: Dataset, run: int, *, batch_norm: bool) -> None:
+        self.data = data
+        self.net = new_network(data, run, batch_norm=batch_norm)
+        self.optimizer = getattr(onepass, name)(self.net.params, **SETTINGS[name])
+        self.rng = np.random.default_rng((3, run))
+
+    def epoch(self) -> None:
+        """Go once over the training samples."""
+        for x, y in batches(self.data, self.rng):
+            self.optimizer.step(self.net.backward(x, y))
+
+    def loss(self) -> float:
+        """Return the mean loss over the training samples."""
+        return self.net.evaluate(self.data.x_train, self.data.y_train)[0]
+
+    def accuracy(self) -> float:
+        """Return the fraction of the test samples that are classified correctly."""
+        return self.net.evaluate(self.data.x_test, self.data.y_test)[1]
+
+
+def run(names: Sequence[str], splits: Sequence[Dataset], epochs: int, console: Any) -> dict[str, Result]:
+    """Train with every optimizer in turn, on all splits side by side, under progress bars; time its steps."""
     from rich.progress import BarColumn, Progress, TextColumn
 
     columns = (
         TextColumn("{task.description:<9}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=12),
         TextColumn("epoch {task.completed:>3.0f}/{task.total:.0f}"),
         TextColumn("{task.fields[now]}"),
     )
     results = {name: Result() for name in names}
-    gradients = sample_gradients(data)
+    gradients = sample_gradients(splits[0])
     with Progress(*columns, console=console) as progress:
         tasks = {name: progress.add_task(name, total=epochs, now="") for name in names}
         for name, result in results.items():
-            result.onepass_us, result.numpy_us = compare(name, data, gradients)
-            net = new_network(data)
-            optimizer = getattr(onepass, name)(net.params, **SETTINGS[name])
-            rng = np.random.default_rng(3)
-            result.losses.append(net.evaluate(data.x_train, data.y_train)[0])
+            result.onepass_us, result.numpy_us = compare(name, splits[0], gradients)
+            plain = [Training(name, data, number, batch_norm=False) for number, data in enumerate(splits)]
+            with_norm = [Training(name, data, number, batch_norm=True) for number, data in enumerate(splits)]
+            result.losses.append(fmean(training.loss() for training in plain))
             for _ in range(epochs):
-                for x, y in batches(data, rng):
-                    optimizer.step(net.backward(x, y))
-                result.losses.append(net.evaluate(data.x_train, data.y_train)[0])
-                result.accuracy = net.evaluate(data.x_test, data.y_test)[1]
-                now = f"loss {result.losses[-1]:8.5f}  test {100 * result.accuracy:5.1f} %"
-                progress.update(tasks[name], advance=1, now=now)
+                for training in (*plain, *with_norm):
+                    training.epoch()
+                result.losses.append(fmean(training.loss() for training in plain))
+                result.accuracies = [training.accuracy() for training in plain]
+                result.accuracies_with_norm = [training.accuracy() for training in with_norm]
+                accuracies = f"test {result.percent:5.1f} %  with BN {result.percent_with_norm:5.1f} %"
+                progress.update(tasks[name], advance=1, now=f"loss {result.losses[-1]:8.5f}  {accuracies}")
     return results
 
 
 # What is shown
 
 
-def show(results: Mapping[str, Result], parameters: int, console: Any) -> None:
-    """Print the table."""
+def show(results: Mapping[str, Result], runs: str, parameters: int, console: Any) -> None:
+    """Print the table, and what it says about batch normalization."""
     from rich.table import Table
 
-    table = Table(title=f"One step on {parameters:,} parameters, float32: median of {TIMED_STEPS}", title_style="")
+    step = f"one step on {parameters:,} parameters, float32: median of {TIMED_STEPS}"
+    table = Table(title=f"{runs.capitalize()}; {step}", title_style="")
     table.add_column("optimizer")
-    for heading in ("lr", "train loss", "test acc.", "onepass", "NumPy", "ratio"):
+    for heading in ("lr", "train\nloss", "test\nacc.", "acc.\nwith BN", "onepass\nus", "NumPy\nus", "ratio"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, result in results.items():
         table.add_row(
             name,
             f"{SETTINGS[name]['lr']:g}",
             f"{result.losses[-1]:.5f}",
-            f"{100 * result.accuracy:.1f} %",
-            f"{result.onepass_us:.1f} us",
-            f"{result.numpy_us:.1f} us",
+            f"{result.percent:.1f} %",
+            f"{result.percent_with_norm:.1f} %",
+            f"{result.onepass_us:.1f}",
+            f"{result.numpy_us:.1f}",
             f"{result.numpy_us / result.onepass_us:.1f}x",
         )
     console.print(table)
+    console.print(verdict(list(results.values())))
+
+
+def verdict(results: Sequence[Result]) -> str:
+    """Return what batch normalization does, in a sentence made from the figures."""
+    gains = [result.percent_with_norm - result.percent for result in results]
+    better, worse = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+    before = np.array([result.accuracies for result in results])
+    after = np.array([result.accuracies_with_norm for result in results])
+    change = 100 * (after - before).mean(axis=0)  # of each run
+    text = (
+        f"With batch normalization (BN) the test accuracy is higher for {better} of {len(gains)} optimizers, equal for "
+        f"{len(gains) - better - worse}, lower for {worse}; the mean change is {change.mean():+.2f} percentage points"
+    )
+    if len(change) > 1:
+        text += f", with a standard error of {change.std(ddof=1) / len(change) ** 0.5:.2f} over the {len(change)} runs"
+    return text + "."
 
 
 def draw(results: Mapping[str, Result], title: str, out: Path, console: Any) -> list[Path]:
@@ -326,8 +385,8 @@ def optimizer_name(text: str) -> str:
     raise argparse.ArgumentTypeError(f"unknown optimizer {text!r}; there are {', '.join(SETTINGS)}")
 
 
-def epoch_count(text: str) -> int:
-    """Return a positive number of epochs."""
+def positive(text: str) -> int:
+    """Return a number of epochs or runs."""
     try:
         count = int(text)
     except ValueError:
@@ -357,7 +416,8 @@ def parse(argv: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
         metavar="NAME",
         help=f"one or more of {', '.join(SETTINGS)} (default: all)",
     )
-    parser.add_argument("--epochs", type=epoch_count, default=30, help="passes over the data (default: %(default)s)")
+    parser.add_argument("--epochs", type=positive, default=30, help="passes over the data (default: %(default)s)")
+    parser.add_argument("--runs", type=positive, default=5, help="repetitions to average (default: %(default)s)")
     parser.add_argument("--data", type=Path, metavar="FILE.npz", help="your own data: arrays x (samples, features), y")
     parser.add_argument(
         "--out", type=Path, default="demo", metavar="DIR", help="of the pictures (default: %(default)s)"
@@ -375,7 +435,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not options.no_plots:
             writable_folder(options.out)
         x, y = load_file(options.data) if options.data else load_digits()
-        data = prepare(x, y, np.random.default_rng(0))
+        splits = [prepare(x, y, np.random.default_rng((0, number))) for number in range(options.runs)]
         from rich.console import Console
 
         if not options.no_plots:
@@ -389,16 +449,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     console = Console(highlight=False, markup=False)
     source = "your data" if options.data else "scikit-learn's digits"
+    data = splits[0]
     sizes = "-".join(str(n) for n in (data.x_train.shape[1], *HIDDEN, data.classes))
     console.print(f"onepass {onepass.__version__}, isa {onepass.isa()}, threads {onepass.get_num_threads()}")
     console.print(f"{source}: {len(data.x_train)} training and {len(data.x_test)} test samples, network {sizes}\n")
     with np.errstate(over="ignore", invalid="ignore"):  # a training that diverges shows in its loss
-        results = run(names, data, options.epochs, console)
+        results = run(names, splits, options.epochs, console)
     parameters = sum(param.size for param in new_network(data).params.values())
     console.print()
-    show(results, parameters, console)
+    runs = "one run" if options.runs == 1 else f"mean of {options.runs} runs"
+    show(results, runs, parameters, console)
     if not options.no_plots:
-        title = f"Training a {sizes} network on {source}, every step by onepass"
+        title = f"Training a {sizes} network on {source}, {runs}, every step by onepass"
         for file in draw(results, title, options.out, console):
             console.print(f"{file}  {file.stat().st_size / 1e3:.0f} kB", soft_wrap=True)
     return 0

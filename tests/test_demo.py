@@ -1,5 +1,6 @@
 """The demo, run as a user runs it: what it shows, what it writes, and its one line for whatever is wrong."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
+import onepass
 from mlp import MLP
 from numpy_rules import RULES
 
@@ -22,14 +24,32 @@ def demo(*options, cwd):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8", timeout=120, check=False)
 
 
+@pytest.fixture
+def digits(monkeypatch):
+    """The demo as a module."""
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")  # as its import does, but only here
+    return importlib.import_module("digits")
+
+
+def says(result):
+    """The numbers below the table: optimizers with a higher, equal, lower accuracy, the mean change, its error."""
+    number = r"([-+.\d]+)"
+    pattern = (
+        rf"higher for {number} of \d+ optimizers, equal for {number}, lower for {number}; the mean change is {number} "
+        rf"percentage points(?:, with a standard error of {number} over the \d+ runs)?\."
+    )
+    numbers = re.search(pattern, " ".join(result.stdout.split())).groups()
+    return [None if number is None else float(number) for number in numbers]
+
+
 def table(result):
-    """For each optimizer the numbers of its row: lr, training loss, test accuracy, onepass, NumPy, ratio."""
+    """For each optimizer its row: lr, training loss, test accuracy, the same with BatchNorm, onepass, NumPy, ratio."""
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
     rows = {}
     for line in result.stdout.splitlines():
         name, *cells = (cell.strip() for cell in re.split(r"[│|]", line.strip().strip("│|")))
-        if name in RULES and len(cells) == 6:
+        if name in RULES and len(cells) == 7:
             rows[name] = [float(re.match(r"[-+.0-9e]+|nan", cell).group()) for cell in cells]
     return rows
 
@@ -47,12 +67,14 @@ def test_table_of_two_optimizers(tmp_path):
     result = demo("--epochs", 1, "--optimizer", "adam", "SGD", "--no-plots", "--out", tmp_path / "out", cwd=tmp_path)
     rows = table(result)
     assert list(rows) == ["Adam", "SGD"]
-    for _, loss, accuracy, onepass_us, numpy_us, ratio in rows.values():
+    for _, loss, accuracy, accuracy_with_norm, onepass_us, numpy_us, ratio in rows.values():
         assert 0 < loss < 1
         assert 80 < accuracy <= 100
+        assert 80 < accuracy_with_norm <= 100
         assert onepass_us > 0
         assert numpy_us > 0
         assert ratio == pytest.approx(numpy_us / onepass_us, abs=0.06 * (1 + ratio))
+    assert any(accuracy != accuracy_with_norm for _, _, accuracy, accuracy_with_norm, *_ in rows.values())
     assert re.search(r"^onepass \S+, isa \w+, threads \d+$", result.stdout, re.MULTILINE)
     assert result.stderr == ""
     assert len(result.stdout.splitlines()) < 30  # no terminal, no flood
@@ -61,10 +83,45 @@ def test_table_of_two_optimizers(tmp_path):
 
 def test_all_optimizers_agree_with_numpy_and_learn(tmp_path):
     # The demo itself stops if a single bit differs from NumPy's.
-    rows = table(demo("--epochs", 4, "--no-plots", cwd=tmp_path))
+    result = demo("--epochs", 4, "--no-plots", cwd=tmp_path)
+    rows = table(result)
     assert list(rows) == list(RULES)
-    for name, (_, _, accuracy, *_) in rows.items():
+    for name, (_, _, accuracy, accuracy_with_norm, *_) in rows.items():
         assert accuracy > 90, name
+        assert accuracy_with_norm > 90, name
+    higher, equal, lower, change, error = says(result)
+    gains = [accuracy_with_norm - accuracy for _, _, accuracy, accuracy_with_norm, *_ in rows.values()]
+    assert (higher, equal, lower) == tuple(sum(np.sign(gain) == sign for gain in gains) for sign in (1, 0, -1))
+    assert change == pytest.approx(np.mean(gains), abs=0.11)
+    assert error > 0
+
+
+def test_sentence_about_batch_norm(digits):
+    results = [
+        digits.Result(accuracies=[0.9, 0.92], accuracies_with_norm=[0.93, 0.97]),
+        digits.Result(accuracies=[0.9, 0.9], accuracies_with_norm=[0.89, 0.91]),
+        digits.Result(accuracies=[0.95, 0.97], accuracies_with_norm=[0.9500, 0.9699]),  # both are shown as 96.0 %
+        digits.Result(accuracies=[0.95, 0.97], accuracies_with_norm=[0.91, 1.00]),
+    ]
+    # The runs change by 0.03 - 0.01 + 0 - 0.04 and 0.05 + 0.01 - 0.0001 + 0.03, over 4.
+    assert digits.verdict(results) == (
+        "With batch normalization (BN) the test accuracy is higher for 1 of 4 optimizers, equal for 2, lower for 1; "
+        "the mean change is +0.87 percentage points, with a standard error of 1.37 over the 2 runs."
+    )
+    assert digits.verdict([digits.Result(accuracies=[0.9], accuracies_with_norm=[0.8])]) == (
+        "With batch normalization (BN) the test accuracy is higher for 0 of 1 optimizers, equal for 0, lower for 1; "
+        "the mean change is -10.00 percentage points."
+    )
+
+
+def test_one_run(tmp_path):
+    options = ["--epochs", 1, "--optimizer", "adam", "--no-plots"]
+    one, five = demo(*options, "--runs", 1, cwd=tmp_path), demo(*options, cwd=tmp_path)
+    assert table(one)["Adam"][:4] != table(five)["Adam"][:4]
+    assert "One run; one step on 51,210 parameters" in one.stdout
+    assert "Mean of 5 runs; one step on 51,210 parameters" in five.stdout
+    *_, error = says(one)
+    assert error is None
 
 
 def test_same_result_every_time(tmp_path):
@@ -72,7 +129,7 @@ def test_same_result_every_time(tmp_path):
     np.savez(tmp_path / "mine.npz", x=x, y=y)
     options = ["--data", "mine.npz", "--epochs", 2, "--optimizer", "NAG", "--no-plots"]
     first, second = (table(demo(*options, cwd=tmp_path))["NAG"] for _ in range(2))
-    assert first[:3] == second[:3]
+    assert first[:4] == second[:4]
 
 
 def test_own_data_and_pictures(tmp_path):
@@ -83,7 +140,7 @@ def test_own_data_and_pictures(tmp_path):
     options = ["--data", "mine.npz", "--epochs", 30, "--optimizer", "RMSprop", "--optimizer", "Nadam", "NADAM"]
     rows = table(demo(*options, "--out", Path("new", "folder"), cwd=tmp_path))
     assert list(rows) == ["RMSprop", "Nadam"]
-    assert all(accuracy > 90 for _, _, accuracy, *_ in rows.values())
+    assert all(min(accuracies) > 90 for _, _, *accuracies, _, _, _ in rows.values())
 
     folder = tmp_path / "new" / "folder"
     assert sorted(file.name for file in folder.iterdir()) == ["losses.png", "race.gif", "race.png"]
@@ -118,21 +175,143 @@ def test_race_follows_the_lecture(tmp_path):
     ]
 
 
-def test_gradients_of_the_network():
+def network(batch_norm, dtype=np.float64):
+    """A network whose parameters are nowhere 0 or 1, and a batch."""
     rng = np.random.default_rng(0)
-    net = MLP((5, 7, 6, 3), rng, np.float64)
-    x, y = rng.normal(size=(11, 5)), rng.integers(3, size=11)
+    net = MLP((5, 7, 6, 3), rng, dtype, batch_norm=batch_norm)
+    for param in net.params.values():
+        param += (0.1 * rng.normal(size=param.shape)).astype(dtype)
+    return net, rng.normal(size=(11, 5)).astype(dtype), rng.integers(3, size=11)
+
+
+def training_loss(net, x, y):
+    """The mean cross-entropy, each batch being normalized by its own statistics."""
+    logits = net.forward(x, training=True)[-1]
+    return np.mean(np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(y)), y])
+
+
+BATCH_NORM = pytest.mark.parametrize("batch_norm", [False, True], ids=["plain", "BatchNorm"])
+
+
+@BATCH_NORM
+def test_gradients_of_the_network(batch_norm):
+    net, x, y = network(batch_norm)
     grads = net.backward(x, y)
+    assert grads.keys() == net.params.keys()
     step = 1e-6
     for name, param in net.params.items():
+        assert np.abs(grads[name]).max() > 1e-3
         for index in np.ndindex(param.shape):
             kept = param[index]
             param[index] = kept + step
-            above, _ = net.evaluate(x, y)
+            above = training_loss(net, x, y)
             param[index] = kept - step
-            below, _ = net.evaluate(x, y)
+            below = training_loss(net, x, y)
             param[index] = kept
             assert grads[name][index] == pytest.approx((above - below) / (2 * step), abs=1e-8)
+
+
+@BATCH_NORM
+def test_loss_and_accuracy(batch_norm):
+    net, x, y = network(batch_norm)
+    training_loss(net, x, y)  # moves the running statistics, if there are any
+    logits = net.forward(x)[-1]
+    probability = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    loss, accuracy = net.evaluate(x, y)
+    assert loss == pytest.approx(-np.log(probability[np.arange(11), y]).mean(), rel=1e-12)
+    assert accuracy == np.mean(probability.argmax(axis=1) == y)
+
+
+def test_parameters_of_the_network():
+    plain, with_norm = (MLP((5, 7, 3), np.random.default_rng(0), batch_norm=choice) for choice in (False, True))
+    assert list(plain.params) == ["fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"]
+    assert list(with_norm.params) == ["fc1.weight", "bn1.weight", "bn1.bias", "fc2.weight", "fc2.bias"]
+    assert plain.norms == {}
+    assert with_norm.norms.keys() == {1}
+    for name in ("fc1.weight", "fc2.weight", "fc2.bias"):  # the same start
+        np.testing.assert_array_equal(plain.params[name], with_norm.params[name])
+    assert all(param.dtype == np.float32 for param in with_norm.params.values())
+
+
+def test_batch_norm_comes_before_the_activation():
+    net, x, _ = network(batch_norm=True)
+    z = x @ net.params["fc1.weight"]
+    normalized = (z - z.mean(axis=0)) / np.sqrt(z.var(axis=0) + 1e-5)
+    expected = np.maximum(net.params["bn1.weight"] * normalized + net.params["bn1.bias"], 0)
+    hidden = net.forward(x, training=True)[1]
+    assert (hidden > 0).any()
+    assert (hidden == 0).any()
+    np.testing.assert_allclose(hidden, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_one_optimizer_steps_the_batch_norm():
+    net, x, y = network(batch_norm=True, dtype=np.float32)
+    before = {name: param.copy() for name, param in net.params.items()}
+    outputs = net.forward(x)[-1]
+    onepass.SGD(net.params, lr=0.5).step(net.backward(x, y))
+    for name, param in net.params.items():
+        assert (param != before[name]).any(), name
+    for layer, norm in net.norms.items():
+        assert norm.weight is net.params[f"bn{layer}.weight"]
+        assert norm.bias is net.params[f"bn{layer}.bias"]
+    assert (net.forward(x)[-1] != outputs).any()
+
+
+def test_gradients_are_not_overwritten_by_the_next():
+    net, x, y = network(batch_norm=True)
+    first = net.backward(x, y)
+    kept = {name: grad.copy() for name, grad in first.items()}
+    second = net.backward(x[::-1].copy(), y)
+    for name, grad in first.items():
+        np.testing.assert_array_equal(grad, kept[name])
+        assert (second[name] != grad).any()
+
+
+def test_evaluation_uses_the_running_statistics_and_leaves_them():
+    net, x, y = network(batch_norm=True)
+    for _ in range(3):
+        net.backward(x, y)
+    before = {layer: norm.state_dict() for layer, norm in net.norms.items()}
+    assert all(state["num_batches_tracked"] == 3 for state in before.values())
+    assert all((state["running_mean"] != 0).all() for state in before.values())
+    net.evaluate(x, y)
+    for layer, norm in net.norms.items():
+        for name, value in norm.state_dict().items():
+            np.testing.assert_array_equal(value, before[layer][name])
+    alone = np.concatenate([net.forward(x[i : i + 1])[-1] for i in range(len(x))])  # a batch of one has no variance
+    np.testing.assert_allclose(net.forward(x)[-1], alone, rtol=1e-12, atol=1e-12)
+    assert not np.allclose(net.forward(x, training=True)[-1], alone)
+
+
+@pytest.mark.parametrize("samples", [2, 31, 32, 33, 34, 64, 65, 1198])
+def test_batches(samples, digits):
+    x, y = np.arange(samples, dtype=np.float32)[:, None], np.arange(samples)
+    data = digits.Dataset(x, y, x, y, samples)
+    batches = digits.batches(data, np.random.default_rng(0))
+    assert sorted(np.concatenate([labels for _, labels in batches])) == list(range(samples))
+    for inputs, labels in batches:
+        np.testing.assert_array_equal(inputs[:, 0], labels)
+        assert 2 <= len(labels) <= digits.BATCH + 1  # BatchNorm refuses a single sample
+    assert all(len(labels) == digits.BATCH for _, labels in batches[:-1])
+
+
+def test_numpy_is_compared_on_the_batch_norm_too(digits, monkeypatch):
+    x, y = separable(np.random.default_rng(7))
+    data = digits.prepare(x, y, np.random.default_rng(0))
+    gradients = digits.sample_gradients(data)
+    assert len(gradients) == digits.CHECKED_STEPS
+    assert all(grads.keys() == digits.new_network(data).params.keys() for grads in gradients)
+    assert {"bn1.weight", "bn1.bias", "bn2.weight", "bn2.bias"} < gradients[0].keys()
+    assert all((grads["bn1.weight"] != gradients[-1]["bn1.weight"]).any() for grads in gradients[:-1])
+
+    def forgetful(param, grad, state, t, *, lr):
+        if not (param.ndim == 1 and param.all()):  # the weights of a BatchNorm start at 1, the biases at 0
+            RULES["SGD"](param, grad, state, t, lr=lr)
+
+    digits.compare("SGD", data, gradients)
+    monkeypatch.setattr(digits, "RULES", {"SGD": forgetful})
+    with pytest.raises(AssertionError, match=r"SGD and NumPy differ in bn1\.weight"):
+        digits.compare("SGD", data, gradients)
 
 
 X, Y = np.arange(40.0).reshape(20, 2), np.arange(20) % 2
@@ -144,6 +323,7 @@ BAD_OPTIONS = {
     "no optimizer": (["--optimizer"], "--optimizer: expected at least one argument"),
     "no epochs": (["--epochs", "0"], "--epochs: expected an integer >= 1, got '0'"),
     "negative epochs": (["--epochs", "-3"], "--epochs: expected an integer >= 1, got '-3'"),
+    "no runs": (["--runs", "0"], "--runs: expected an integer >= 1, got '0'"),
     "half an epoch": (["--epochs", "0.5"], "--epochs: expected an integer >= 1, got '0.5'"),
     "option": (["--epoch", "3"], "unrecognized arguments: --epoch"),
     "out is a file": (["--out", "taken"], "--out: cannot write to 'taken': not a folder"),
@@ -200,10 +380,8 @@ def test_bad_file(content, expected, tmp_path):
 
 
 @pytest.mark.parametrize(("arrays", "expected"), BAD_ARRAYS.values(), ids=BAD_ARRAYS)
-def test_bad_arrays(arrays, expected, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")  # as the demo's import does, but only here
-    import digits  # in this process: fifteen interpreters would take longer than all the rest
-
+def test_bad_arrays(arrays, expected, tmp_path, capsys, digits):
+    # In this process: fifteen interpreters would take longer than all the rest.
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(SystemExit) as stop:
         digits.main(["--no-plots", "--data", str(tmp_path / "bad.npz")])
