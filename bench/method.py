@@ -217,6 +217,14 @@ def median(samples: Samples) -> Estimate:
     return bootstrap(np.positive, samples)
 
 
+def geometric_mean(estimates: Sequence[Estimate]) -> Estimate:
+    """Take the geometric mean of ratios of different cases, whose errors have nothing to do with each other."""
+    value, low, high = (np.log([getattr(estimate, end) for estimate in estimates]) for end in ("value", "low", "high"))
+    below, above = (np.sqrt(np.sum(distance**2)) / value.size for distance in (value - low, high - value))
+    mean = value.mean()
+    return Estimate(*(float(np.exp(end)) for end in (mean, mean - below, mean + above)))
+
+
 # --- Results ----------------------------------------------------------------------------------------------------------
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import platform
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +21,10 @@ from onepass import _cpu
 pytest.importorskip("rich")
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
-SCRIPT = BENCH / "peers" / "optimizers.py"
-CHOICE = "traffic/(sgd|amsgrad)/16M/2|import|numpy|^fused/(SGD|Adam)/1M|unfused/Nadam|many|small|subnormal"
+CHOICES = {
+    "optimizers": "traffic/(sgd|amsgrad)/16M/2|import|numpy|^fused/(SGD|Adam)/1M|unfused/Nadam|many|small|subnormal",
+    "batchnorm": "numpy|without|copy|fused|^forward/(NHWC/.*56x56|NC/)|^backward/NCHW|^backward-recycled/NHWC/128x512",
+}
 
 
 def load(name: str, path: Path) -> ModuleType:
@@ -33,12 +38,18 @@ def load(name: str, path: Path) -> ModuleType:
 
 
 method = load("method", BENCH / "method.py")
-optimizers = load("bench_optimizers", SCRIPT)
+suite = load("suite", BENCH / "suite.py")
+summary = load("bench_summary", BENCH / "summary.py")
+optimizers = load("bench_optimizers", BENCH / "peers" / "optimizers.py")
+batchnorm = load("bench_batchnorm", BENCH / "peers" / "batchnorm.py")
+SCRIPTS = {"optimizers": optimizers, "batchnorm": batchnorm}
+
+scripts = pytest.mark.parametrize("name", SCRIPTS)
 
 
-def run_script(*arguments: str, **environment: str) -> str:
+def run_script(name: str, *arguments: str, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
+        [sys.executable, str(BENCH / "peers" / f"{name}.py"), *arguments],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -48,51 +59,64 @@ def run_script(*arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-# --- The script -------------------------------------------------------------------------------------------------------
+# --- The scripts ------------------------------------------------------------------------------------------------------
 
 
-def test_quick_run_reports_every_kind_and_all_fields(tmp_path: Path) -> None:
+@scripts
+def test_quick_run_reports_every_kind_and_all_fields(name: str, tmp_path: Path) -> None:
     out = tmp_path / "made"
-    printed = run_script("--quick", "--filter", CHOICE, "--out", str(out))
-    results = json.loads((out / "optimizers.json").read_text())
+    printed = run_script(name, "--quick", "--filter", CHOICES[name], "--out", str(out))
+    results = json.loads((out / f"{name}.json").read_text())
     rows, environment = results["rows"], results["environment"]
 
-    assert {row["kind"] for row in rows} == {case.kind for case in optimizers.all_cases()}
+    assert {row["kind"] for row in rows} == {case.kind for case in SCRIPTS[name].all_cases()}
     for key in ("commit", "cpu", "isa", "threads", "python", "numpy", "torch", "onepass", "command", "date", "plan"):
         assert environment[key], key
     assert "--filter" in environment["command"]
     assert environment["quick"] is True
 
-    markdown = (out / "optimizers.md").read_text()
+    markdown = (out / f"{name}.md").read_text()
     for row in rows:
         assert row["case"] in printed
         assert row["case"] in markdown
         assert not row["failed"], row["note"]
+        assert row["goal"] is None
         assert {"goal", "met", "noisy", "traffic_share", "bytes_per_second", "threads", "elements"} < set(row)
         measured = row["value"] is not None
-        assert measured or row["note"].startswith("no peer"), row
+        assert measured or row["note"].startswith(("no peer", "not ")), row
         if measured:
             assert np.isfinite([row["value"][key] for key in ("value", "low", "high")]).all()
+        if measured and "mean" not in row["case"]:
             assert row["ours_seconds"] > 0.0
             assert row["rounds"] >= 3
-        if row["kind"] in ("traffic", "fused", "unfused", "many"):
+        if row["kind"] in ("traffic", "fused", "unfused", "many") and name == "optimizers":
             assert row["traffic_share"]["value"] > 0.0
             assert row["bytes_per_second"] > 0.0
 
 
 def test_without_torch_rows_say_so(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('hidden by a test')\n")
-    run_script("--quick", "--filter", "fused/SGD/1M|subnormal", "--out", str(tmp_path), PYTHONPATH=str(tmp_path))
-    rows = {row["case"]: row for row in json.loads((tmp_path / "optimizers.json").read_text())["rows"]}
-    for name in ("fused/SGD/1M", "subnormal/Adam/16M/torch"):
-        assert rows[name]["value"] is None
-        assert rows[name]["note"] == "no peer: ImportError: hidden by a test"
+    chosen = {
+        "optimizers": "fused/SGD/1M|subnormal",
+        "batchnorm": "(forward|backward|recycled)/NCHW/32x64x56|copy|fused",
+    }
+    rows = {}
+    for name, choice in chosen.items():
+        run_script(name, "--quick", "--filter", choice, "--out", str(tmp_path), PYTHONPATH=str(tmp_path))
+        rows |= {row["case"]: row for row in json.loads((tmp_path / f"{name}.json").read_text())["rows"]}
+    without = ["fused/SGD/1M", "subnormal/Adam/16M/torch"]
+    without += [f"{kind}/NCHW/32x64x56x56" for kind in ("forward", "backward", "backward-recycled")]
+    for case in without:
+        assert rows[case]["value"] is None
+        assert rows[case]["note"] in ("no peer: ImportError: hidden by a test", batchnorm.NOT_GLIBC)
     assert rows["fused/SGD/1M"]["ours_seconds"] > 0.0
-    assert rows["subnormal/Adam/16M/onepass"]["value"] is not None
+    assert rows["forward/NCHW/32x64x56x56"]["ours_seconds"] > 0.0
+    for case in ("subnormal/Adam/16M/onepass", "copy/32x64x56x56", "fused/32x64x56x56"):
+        assert rows[case]["value"] is not None
 
 
 def test_list_names_every_rule_of_the_registry_once() -> None:
-    names = run_script("--list").split()
+    names = run_script("optimizers", "--list").split()
     assert len(set(names)) == len(names)
     for row in _cpu.registry():
         assert (f"traffic/{row['name']}/64M/2" in names) != row["yardstick"]
@@ -102,8 +126,11 @@ def test_every_coefficient_of_the_registry_has_a_value() -> None:
     assert {name for row in _cpu.registry() for name in row["coefficients"]} <= set(optimizers.COEFFICIENTS)
 
 
-def test_a_filter_that_leaves_nothing_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert optimizers.main(["--filter", "no such case", "--out", str(tmp_path)]) == 1
+@scripts
+def test_a_filter_that_leaves_nothing_is_an_error(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert SCRIPTS[name].main(["--filter", "no such case", "--out", str(tmp_path)]) == 1
     assert "no case is left" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -124,16 +151,16 @@ def test_a_peer_that_computes_something_else_is_not_timed(ours: float, theirs: f
         for param in data.params:
             param += np.float32(by)
 
-    with pytest.raises(optimizers.CheckError, match=message):
+    with pytest.raises(suite.CheckError, match=message):
         optimizers.require_same(data, lambda: step(ours), {"peer": lambda: step(theirs)})
     optimizers.require_same(data, lambda: step(1.0), {"peer": lambda: step(1.00001)})
 
 
 def test_a_failed_check_becomes_a_row() -> None:
     def fail(*_: object) -> None:
-        raise optimizers.CheckError("why")
+        raise suite.CheckError("why")
 
-    (row,) = optimizers.run_case(optimizers.Bench(method.Plan()), optimizers.Case("name", "kind", fail))
+    (row,) = suite.run_case(suite.Bench(method.Plan()), suite.Case("name", "kind", fail))
     assert (row.failed, row.met, row.note) == (True, False, "why")
     assert "FAILED" in method.cells(row)
 
@@ -142,8 +169,132 @@ def test_a_state_that_is_not_finite_is_found() -> None:
     data = optimizers.make_data([10], 2)
     data.require_finite()
     data.slots[0][1][9] = np.inf
-    with pytest.raises(optimizers.CheckError, match="not finite"):
+    with pytest.raises(suite.CheckError, match="not finite"):
         data.require_finite()
+
+
+# --- Batch normalization ----------------------------------------------------------------------------------------------
+
+
+def batch(layout: str = "NCHW", *rest: int, backward: bool = False) -> Any:
+    return batchnorm.make_batch(suite.Bench(suite.QUICK), (6, 5, *rest), layout, backward)
+
+
+@pytest.mark.parametrize(("layout", "rest"), [("NCHW", (4, 7)), ("NHWC", (4, 7)), ("NC", ())])
+def test_contenders_of_batch_normalization_agree(layout: str, rest: tuple[int, ...]) -> None:
+    shared = batch(layout, *rest, backward=True)
+    assert shared.x.shape == ((6, *rest, 5) if layout == "NHWC" else (6, 5, *rest))
+    peers = {"numpy": batchnorm.NumpyForward(shared).step, "in-place": batchnorm.NumpyForwardInPlace(shared).step}
+    torch, _ = suite.load_torch(1)
+    if torch is not None:
+        peers["torch"] = batchnorm.torch_forward(torch, shared)
+        tensor = batchnorm.as_tensor(torch, shared, shared.x)
+        assert tensor.shape == (6, 5, *rest)
+        assert tensor.data_ptr() == shared.x.ctypes.data
+        backward = batchnorm.torch_backward(torch, shared)
+        assert list(backward) == [batchnorm.TORCH_OUT, batchnorm.TORCH_RETURNING]
+        batchnorm.require_same(shared, batchnorm.our_backward(shared), backward)
+    batchnorm.require_same(shared, batchnorm.our_forward(shared, out=shared.out), peers)
+    shared.require_finite()
+
+
+@pytest.mark.parametrize(("index", "by"), [(0, 1e-3), (0, np.nan), (1, 1e-2), (2, 1e-3), (3, 1e-2), (4, 1e-3)])
+def test_a_peer_that_normalizes_otherwise_is_not_timed(index: int, by: float) -> None:
+    shared = batch("NCHW", 3)
+    ours = batchnorm.our_forward(shared, out=shared.out)
+
+    def peer() -> Any:
+        result: Any = ours()
+        (*result, shared.running_mean, shared.running_var)[index][-1] += np.float32(by)
+        return result
+
+    batchnorm.require_same(shared, ours, {"peer": ours})
+    with pytest.raises(suite.CheckError, match=f"peer makes another array {index} than ours"):
+        batchnorm.require_same(shared, ours, {"peer": peer})
+    with pytest.raises(suite.CheckError, match="NaN or infinite"):
+        batchnorm.require_same(shared, lambda: (shared.out, shared.weight, shared.bias), {})
+
+
+def test_an_output_that_is_not_finite_is_found() -> None:
+    shared = batch("NCHW", 3)
+    shared.require_finite()
+    shared.running_var[2] = np.inf
+    with pytest.raises(suite.CheckError, match="not finite"):
+        shared.require_finite()
+
+
+def test_halves_are_done_together_and_errors_arrive() -> None:
+    both = threading.Barrier(2, timeout=60.0)
+    fail: set[int] = set()
+
+    def work(half: int) -> None:
+        both.wait()
+        if half in fail:
+            raise ValueError(f"half {half}")
+
+    with batchnorm.Halves(work) as halves:
+        halves()
+        for half in (0, 1):
+            fail = {half}
+            with pytest.raises(ValueError, match=f"half {half}"):
+                halves()
+        fail = set()
+        halves()
+    assert not halves._thread.is_alive()
+
+
+def test_split_gives_views_of_everything() -> None:
+    array = np.arange(67.0, dtype=np.float32).reshape(1, 67)
+    first, second = batchnorm.split(array)
+    assert (first.size, second.size) == (32, 35)
+    first += 1
+    second += 1
+    np.testing.assert_array_equal(array[0], np.arange(1.0, 68.0))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
+def test_a_process_keeps_its_memory_where_rows_say_so() -> None:
+    code = (
+        "import resource, numpy as np\n"
+        "def call():\n"
+        "    np.empty(24 << 20, np.float32).fill(1.0)\n"
+        "call()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "call()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    counts = []
+    for variables in (batchnorm.RECYCLED, {}):
+        with batchnorm.environment_variables(variables):
+            counts.append(int(subprocess.check_output([sys.executable, "-c", code], text=True)))
+    assert counts[0] < 10 < counts[1]
+
+
+def test_environment_variables_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEPASS_TEST_A", "before")
+    with batchnorm.environment_variables({"ONEPASS_TEST_A": "in", "ONEPASS_TEST_B": "in"}):
+        assert os.environ["ONEPASS_TEST_A"] == os.environ["ONEPASS_TEST_B"] == "in"
+    assert os.environ["ONEPASS_TEST_A"] == "before"
+    assert "ONEPASS_TEST_B" not in os.environ
+
+
+def made_up(case: str, kind: str, value: float | None, goal: Any = None) -> Any:
+    row = method.Row(case, kind, 2, 1, "ours", "peer", goal)
+    row.value = None if value is None else method.Estimate(value, 0.99 * value, 1.01 * value)
+    return row
+
+
+def test_means_are_over_all_shapes_of_a_kind() -> None:
+    rows = [made_up(case.name, case.kind, 4.0) for case in batchnorm.all_cases() if case.kind == "backward"]
+    rows[0].value = method.Estimate(128.0, 127.0, 129.0)
+    first, second = batchnorm.means(rows)
+    assert (first.case, second.case) == ("backward/NCHW/geometric mean", "backward/NHWC/geometric mean")
+    assert first.value.value == pytest.approx(8.0)
+    assert first.met is True
+    assert second.goal is None
+    rows[0].value = None
+    assert batchnorm.means(rows)[0].value is None
+    assert [row.case for row in batchnorm.means(rows[1:])] == [second.case]
 
 
 # --- The method -------------------------------------------------------------------------------------------------------
@@ -243,6 +394,20 @@ def test_differences_and_medians() -> None:
     assert method.median(b) == method.Estimate(2.0, 1.0, 3.0)
 
 
+def test_the_interval_of_a_geometric_mean_holds_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(2)
+    hits = 0
+    for _ in range(200):
+        estimates = []
+        for truth in (2.0, 4.0, 8.0):
+            over, under = truth * rng.lognormal(0.0, 0.1, 31), rng.lognormal(0.0, 0.1, 31)
+            estimates.append(method.ratio(over, under))
+        mean = method.geometric_mean(estimates)
+        assert mean.value == pytest.approx(np.prod([estimate.value for estimate in estimates]) ** (1 / 3))
+        hits += mean.low <= 4.0 <= mean.high
+    assert 180 <= hits <= 200
+
+
 def test_a_goal_is_met_missed_or_left_open() -> None:
     quiet, noisy = method.Estimate(1.0, 0.95, 1.05), method.Estimate(1.0, 0.8, 1.2)
     expected: dict[tuple[str, float], tuple[bool | None, bool | None]] = {
@@ -281,14 +446,35 @@ def test_seconds_have_three_digits(seconds: float | None, text: str) -> None:
     assert method.format_seconds(seconds) == text
 
 
-def test_readme_shows_the_figures_of_the_last_run():
+def test_readme_shows_the_figures_of_the_last_runs() -> None:
     command = [sys.executable, str(BENCH / "summary.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_results_are_of_a_clean_commit():
-    results = json.loads((BENCH / "results" / "optimizers.json").read_text())
-    assert not results["environment"]["quick"]
-    assert "dirty" not in results["environment"]["commit"]
-    assert not any(row["failed"] for row in results["rows"])
+def test_tables_are_made_of_whatever_was_measured(tmp_path: Path) -> None:
+    text = summary.README.read_text(encoding="utf-8")
+    assert "Not measured yet; `python bench/peers/batchnorm.py`" in summary.page(text, tmp_path)
+    rows = [made_up(case.name, case.kind, 2.5) for case in batchnorm.all_cases()]
+    rows += [made_up("numpy/32x64x56x56/formula", "numpy", 31.25), *batchnorm.means(rows)]
+    rows[-1].value = None
+    environment = {"cpu": "a cpu", "isa": "an isa", "threads": 2, "torch": "1", "numpy": "2"}
+    method.write_results(rows, environment, tmp_path, "batchnorm")
+    page = summary.page(text, tmp_path)
+    assert "Not measured yet; `python bench/peers/optimizers.py`" in page
+    assert "| forward, NHWC, against torch channels_last | 2.50x, 2.50x, 2.50x, 2.50x, 2.50x | 1.6x |" in page
+    assert "| forward, the formula in NumPy | 31.2x | 15x |" in page
+    assert "geometric mean 2.50x | 1.8x, mean 4x |" in page
+    assert "geometric mean not measured | |" in page
+    assert summary.page(page) == summary.page(text)
+    assert tuple(batchnorm._name(shape) for shape in batchnorm.SHAPES) == summary.SHAPES
+
+
+def test_results_are_of_a_clean_commit() -> None:
+    files = sorted((BENCH / "results").glob("*.json"))
+    assert files
+    for file in files:
+        results = json.loads(file.read_text())
+        assert not results["environment"]["quick"], file
+        assert "dirty" not in results["environment"]["commit"], file
+        assert not any(row["failed"] for row in results["rows"]), file

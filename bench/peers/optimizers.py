@@ -19,65 +19,37 @@ Fair play
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import method
 import onepass
+import suite
 from method import Contender, Floats, Goal, Plan, Row
 from onepass import _cpu
+from suite import OURS, Bench, Case, CheckError, Step, load_torch
 
 SIZES = {"1M": 1 << 20, "16M": 1 << 24, "64M": 1 << 26}
-THREADS = 2
+QUICK_DIVISOR = 1024
 LR = 1e-4
 SUBNORMAL = np.float32(1e-40)
 
-OURS = "onepass"
 TRAFFIC = "traffic"
 
-Step = Callable[[], object]
 
-
-class CheckError(Exception):
-    """A contender computed something else than it should; its time means nothing."""
-
-
-@dataclass(frozen=True)
-class Bench:
-    """How long to measure, and by what to divide the sizes. Figures of a quick one are not held against goals."""
-
-    plan: Plan
-    divide: int = 1
-    quick: bool = False
-
-    def count(self, size: str) -> int:
-        """Return the number of elements that a size stands for."""
-        return SIZES[size] // self.divide
-
-
-@dataclass(frozen=True)
-class Case:
-    """One or more rows that are measured together."""
-
-    name: str
-    kind: str
-    run: Callable[[Bench, Case], list[Row]]
-    threads: int = THREADS
+def elements_of(bench: Bench, size: str) -> int:
+    """Return the number of elements that a size stands for."""
+    return SIZES[size] // (QUICK_DIVISOR if bench.quick else 1)
 
 
 # --- Arrays -----------------------------------------------------------------------------------------------------------
@@ -238,16 +210,6 @@ FUSED: Mapping[str, Mapping[str, bool]] = {"torch fused": {"fused": True}}
 UNFUSED: Mapping[str, Mapping[str, bool]] = {"torch for-loop": {"foreach": False}, "torch foreach": {"foreach": True}}
 
 
-def load_torch(threads: int) -> tuple[Any, str]:
-    """Return torch, set to `threads`, or None and why not. Cases that do not call this never meet torch's threads."""
-    try:
-        torch: Any = importlib.import_module("torch")
-    except ImportError as error:
-        return None, f"no peer: {type(error).__name__}: {error}"
-    torch.set_num_threads(threads)
-    return torch, ""
-
-
 def torch_optimizer(pair: Pair, data: Data, implementation: Mapping[str, bool]) -> Any:
     """Make torch's optimizer over the memory of `data`, before its first step."""
     torch: Any = importlib.import_module("torch")
@@ -261,16 +223,6 @@ def torch_optimizer(pair: Pair, data: Data, implementation: Mapping[str, bool]) 
         if state:
             optimizer.state[param] = state
     return optimizer
-
-
-@contextmanager
-def thread_count(count: int) -> Iterator[None]:
-    """Let ours use `count` threads."""
-    onepass.set_num_threads(count)
-    try:
-        yield
-    finally:
-        onepass.set_num_threads(None)
 
 
 # --- NumPy ------------------------------------------------------------------------------------------------------------
@@ -357,14 +309,8 @@ def measure(
     plan: Plan, row: Row, data: Data, ours: Step, peers: Mapping[str, Step], traffic: Step | None = None
 ) -> dict[str, method.Samples]:
     """Time ours, the peers and the yardstick; enter into `row` the comparison with the fastest peer."""
-    steps = {OURS: ours, **peers, **({TRAFFIC: traffic} if traffic is not None else {})}
-    samples = method.interleave([Contender(name, step) for name, step in steps.items()], plan)
+    samples = suite.compare(plan, row, ours, peers, others={} if traffic is None else {TRAFFIC: traffic})
     data.require_finite()
-    fastest = min(peers, key=lambda name: float(np.median(samples[name])), default=None)
-    row.take(samples, OURS, fastest)
-    if fastest is not None:
-        row.peer = fastest
-        row.value = method.ratio(samples[fastest], samples[OURS])
     if traffic is not None:
         row.traffic_share = method.ratio(samples[TRAFFIC], samples[OURS])
     return samples
@@ -393,7 +339,7 @@ def compare_with_torch(
     measure(bench.plan, row, own, ours, peers, traffic_step(own))
     data.require_finite()
     if len(peers) > 1:
-        row.note = ", ".join(f"{name} {method.format_seconds(row.all_seconds[name])}" for name in peers)
+        row.note = suite.times(row, peers)
     return row
 
 
@@ -402,7 +348,7 @@ def compare_with_torch(
 
 def run_rule(rule: str, size: str, bench: Bench, case: Case) -> list[Row]:
     """One rule's kernel against the yardstick, over the same arrays."""
-    data = make_data([bench.count(size)], len(rules()[rule]["slots"]))
+    data = make_data([elements_of(bench, size)], len(rules()[rule]["slots"]))
     row = new_row(case, data, TRAFFIC, Goal(">=", 0.93))
     measure(bench.plan, row, data, kernel_step(rule, data), {f"traffic{len(data.slots[0])}": traffic_step(data)})
     row.traffic_share = row.value
@@ -412,17 +358,17 @@ def run_rule(rule: str, size: str, bench: Bench, case: Case) -> list[Row]:
 def run_fused(pair: Pair, size: str, bench: Bench, case: Case) -> list[Row]:
     """One large array against torch's fused kernel."""
     goal = Goal(">=", 1.3 if size == "1M" else 1.0)
-    return [compare_with_torch(bench, case, pair, [bench.count(size)], goal, FUSED)]
+    return [compare_with_torch(bench, case, pair, [elements_of(bench, size)], goal, FUSED)]
 
 
 def run_unfused(pair: Pair, bench: Bench, case: Case) -> list[Row]:
     """One large array against the fastest of torch's implementations, where there is no fused one."""
-    return [compare_with_torch(bench, case, pair, [bench.count("16M")], Goal(">=", 2.5), UNFUSED)]
+    return [compare_with_torch(bench, case, pair, [elements_of(bench, "16M")], Goal(">=", 2.5), UNFUSED)]
 
 
 def run_many(bench: Bench, case: Case) -> list[Row]:
     """Many small arrays."""
-    return [compare_with_torch(bench, case, ADAM, [1000] * max(1000 // bench.divide, 3), Goal(">=", 12.0), FUSED)]
+    return [compare_with_torch(bench, case, ADAM, [1000] * (3 if bench.quick else 1000), Goal(">=", 12.0), FUSED)]
 
 
 def run_small(bench: Bench, case: Case) -> list[Row]:
@@ -451,7 +397,7 @@ def _subnormal_contenders(name: str, step_with: Callable[[Floats], Step], data: 
 
 def run_subnormal(bench: Bench, case: Case) -> list[Row]:
     """Show what a step costs once all moments are subnormal: ours against ours, torch against torch."""
-    data = make_data([bench.count("16M")], 2)
+    data = make_data([elements_of(bench, "16M")], 2)
     optimizer = onepass.Adam(data.params, lr=LR)
     moments = tuple(optimizer.state[0].values())
     contenders = _subnormal_contenders(OURS, lambda grad: functools.partial(optimizer.step, [grad]), data, moments)
@@ -484,7 +430,7 @@ def run_subnormal(bench: Bench, case: Case) -> list[Row]:
 
 def run_numpy(bench: Bench, case: Case) -> list[Row]:
     """Adam against two ways to write it in NumPy."""
-    data = make_data([bench.count("16M")], 0)
+    data = make_data([elements_of(bench, "16M")], 0)
     rows = []
     for name, peer, goal in (("formula", NumpyAdam, Goal(">=", 10.0)), ("in-place", NumpyAdamInPlace, None)):
         optimizer = onepass.Adam(data.params, lr=LR, grads=data.grads)
@@ -537,45 +483,9 @@ def all_cases() -> list[Case]:
     return cases
 
 
-def run_case(bench: Bench, case: Case) -> list[Row]:
-    """Return the case's rows, or one that says which check failed."""
-    try:
-        with thread_count(case.threads):
-            rows = case.run(bench, case)
-    except CheckError as error:
-        return [Row(case.name, case.kind, case.threads, 0, OURS, "", note=str(error), failed=True)]
-    for row in rows:
-        row.goal = None if bench.quick else row.goal
-    return rows
-
-
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=method.ROOT / "bench" / "results", help="folder for the results")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, few rounds: only shows that it runs")
-    parser.add_argument("--filter", type=re.compile, default=re.compile(""), help="only cases in which REGEX is found")
-    parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
-    return parser.parse_args(arguments)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the chosen cases; 1 if a check failed or nothing was chosen. A missed goal is a row, not an error."""
-    options = parse_arguments(arguments)
-    cases = [case for case in all_cases() if options.filter.search(case.name)]
-    if options.list:
-        print(*(case.name for case in cases), sep="\n")
-        return 0
-    if not cases:
-        print("--filter: no case is left", file=sys.stderr)
-        return 1
-    bench = Bench(Plan(0.02, 3, 5, 0.0005, 0.001), 1024, quick=True) if options.quick else Bench(Plan())
-    environment = {**method.environment(bench.plan), "quick": options.quick}
-    progress = Console(stderr=True)
-    rows = [row for case in track(cases, "optimizers", console=progress) for row in run_case(bench, case)]
-    method.print_table(rows, f"optimizers at {environment['commit'][:12]}, {environment['cpu']}, {environment['isa']}")
-    method.write_results(rows, environment, options.out, "optimizers")
-    return int(any(row.failed for row in rows))
+    """Run the chosen cases."""
+    return suite.main("optimizers", __doc__, all_cases(), arguments)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,150 @@
+"""What the benchmark scripts share: cases, the command line, the thread counts, and torch.
+
+A script lists its cases and calls :func:`main`. A case that computes something wrong becomes a row that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+import method
+import onepass
+from method import Contender, Plan, Row, Samples
+
+THREADS = 2
+OURS = "onepass"
+QUICK = Plan(0.02, 3, 5, 0.0005, 0.001)
+
+Step: TypeAlias = Callable[[], object]
+
+
+class CheckError(Exception):
+    """A contender computed something else than it should; its time means nothing."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """How long to measure. A quick one has tiny sizes, and its figures are not held against goals."""
+
+    plan: Plan
+    quick: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """One or more rows that are measured together."""
+
+    name: str
+    kind: str
+    run: Callable[[Bench, Case], list[Row]]
+    threads: int = THREADS
+
+
+@contextmanager
+def thread_count(count: int) -> Iterator[None]:
+    """Let ours use `count` threads."""
+    onepass.set_num_threads(count)
+    try:
+        yield
+    finally:
+        onepass.set_num_threads(None)
+
+
+def load_torch(threads: int) -> tuple[Any, str]:
+    """Return torch, set to `threads`, or None and why not. Cases that do not call this never meet torch's threads."""
+    try:
+        torch: Any = importlib.import_module("torch")
+    except ImportError as error:
+        return None, f"no peer: {type(error).__name__}: {error}"
+    torch.set_num_threads(threads)
+    return torch, ""
+
+
+def compare(
+    plan: Plan,
+    row: Row,
+    ours: Step,
+    peers: Mapping[str, Step],
+    *,
+    against: str | None = None,
+    others: Mapping[str, Step] | None = None,
+) -> dict[str, Samples]:
+    """Time ours, the peers and the others in turns; enter into `row` the comparison with one of the peers.
+
+    Without `against` that is the fastest. Without peers ours is timed without a comparison.
+    """
+    steps = {row.ours: ours, **peers, **(others or {})}
+    samples = method.interleave([Contender(name, step) for name, step in steps.items()], plan)
+    peer = against if against in peers else min(peers, key=lambda name: float(np.median(samples[name])), default=None)
+    row.take(samples, row.ours, peer)
+    if peer is not None:
+        row.peer = peer
+        row.value = method.ratio(samples[peer], samples[row.ours])
+    return samples
+
+
+def times(row: Row, names: Iterable[str]) -> str:
+    """Say what several contenders of a row took."""
+    return ", ".join(f"{name} {method.format_seconds(row.all_seconds[name])}" for name in names)
+
+
+def run_case(bench: Bench, case: Case) -> list[Row]:
+    """Return the case's rows, or one that says which check failed."""
+    try:
+        with thread_count(case.threads):
+            return case.run(bench, case)
+    except CheckError as error:
+        return [Row(case.name, case.kind, case.threads, 0, OURS, "", note=str(error), failed=True)]
+
+
+def parse_arguments(description: str, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, default=method.ROOT / "bench" / "results", help="folder for the results")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, few rounds: only shows that it runs")
+    parser.add_argument("--filter", type=re.compile, default=re.compile(""), help="only cases in which REGEX is found")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    return parser.parse_args(arguments)
+
+
+def main(
+    name: str,
+    document: str | None,
+    all_cases: Sequence[Case],
+    arguments: Sequence[str] | None,
+    conclude: Callable[[Sequence[Row]], list[Row]] = lambda rows: [],
+) -> int:
+    """Run the chosen cases; 1 if a check failed or nothing was chosen. A missed goal is a row, not an error.
+
+    `conclude` makes rows of what was measured: figures over several cases.
+    """
+    options = parse_arguments((document or "").partition("\n")[0], arguments)
+    cases = [case for case in all_cases if options.filter.search(case.name)]
+    if options.list:
+        print(*(case.name for case in cases), sep="\n")
+        return 0
+    if not cases:
+        print("--filter: no case is left", file=sys.stderr)
+        return 1
+    bench = Bench(QUICK, quick=True) if options.quick else Bench(Plan())
+    environment = {**method.environment(bench.plan), "quick": options.quick}
+    progress = Console(stderr=True)
+    rows = [row for case in track(cases, name, console=progress) for row in run_case(bench, case)]
+    rows += conclude(rows)
+    for row in rows:
+        row.goal = None if bench.quick else row.goal
+    method.print_table(rows, f"{name} at {environment['commit'][:12]}, {environment['cpu']}, {environment['isa']}")
+    method.write_results(rows, environment, options.out, name)
+    return int(any(row.failed for row in rows))
