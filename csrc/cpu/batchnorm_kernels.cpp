@@ -286,15 +286,15 @@ struct ColumnSums {
   using V = Wide<S>;
   Columns<S> acc[N];
 
-  // `terms`: from (element, column, access) to the contributions of a vector of elements.
-  template <class TermsAt>
+  // `terms`: from (element, column, access) to the contributions of a vector of elements. `kTogether`: pieces that are
+  // added at a time, in their order.
+  template <std::size_t kTogether, class TermsAt>
   HD void add(const Tile& tile, TermsAt terms) {
     for (std::size_t n = 0; n < N; ++n) acc[n].clear(tile.columns);
     add_pieces<1>(tile.begin, tile.stride, tile.turned(), tile.turn, terms);
     std::size_t k = 0;
-    constexpr std::size_t together = 4;
-    for (; k + together < tile.pieces; k += together) {
-      add_pieces<together>(tile.piece(k), tile.stride, 0, tile.columns, terms);
+    for (; k + kTogether < tile.pieces; k += kTogether) {
+      add_pieces<kTogether>(tile.piece(k), tile.stride, 0, tile.columns, terms);
     }
     for (; k < tile.pieces; ++k) add_pieces<1>(tile.piece(k), tile.stride, 0, tile.length(k), terms);
   }
@@ -447,14 +447,14 @@ HD void moments_of_columns(const Plan& plan, const Region& region, const void* x
     const Tile sample_tile = Tile::of<D>(plan, region.channels, sample_rows, x);
     for (std::size_t c = 0; c < channels; ++c) center[c] = value_at<D>(x, tile.begin + c * plan.inner);
     centers.expand(plan, channels, tile.turn, center);
-    sample.add(sample_tile, [&](std::size_t element, std::size_t column, auto access) {
+    sample.template add<4>(sample_tile, [&](std::size_t element, std::size_t column, auto access) {
       return Terms<V, 1>{{access.template load<D>(at<D>(x, element)) - centers[column]}};
     });
     sample.totals(plan, channels, sample_tile, 0, sum);
     const auto sample_count = static_cast<double>(count_in_rows(plan, sample_rows));
     for (std::size_t c = 0; c < channels; ++c) center[c] = center_of(center[c], sum[c], sample_count);
     centers.expand(plan, channels, tile.turn, center);
-    sums.add(tile, [&](std::size_t element, std::size_t column, auto access) {
+    sums.template add<4>(tile, [&](std::size_t element, std::size_t column, auto access) {
       const V d = access.template load<D>(at<D>(x, element)) - centers[column];
       return Terms<V, 2>{{d, d * d}};
     });
@@ -613,9 +613,16 @@ HD void sums_as(const Plan& plan, const Region& region, const Backward& pass, do
       turn = tile.turn;
       value = OfColumns<S, kForwardValues>(given, plan, region.channels, turn);
     }
-    sums.add(tile, [&](std::size_t element, std::size_t column, auto access) {
+    const auto terms_of_tile = [&](std::size_t element, std::size_t column, auto access) {
       return terms(element, column, access, value);
-    });
+    };
+    // Two arrays that follow upon themselves are best read from end to end: (25088, 512) takes 14 % less in one thread
+    // than with four pieces at a time. Of pieces that lie apart four at a time take 30 % less, (128, 2048, 7, 7).
+    if (tile.stride == tile.columns) {
+      sums.template add<1>(tile, terms_of_tile);
+    } else {
+      sums.template add<4>(tile, terms_of_tile);
+    }
     sums.totals(plan, channels, tile, 0, total);
     for (std::size_t c = 0; c < channels; ++c) dy[c] = dy[c] + static_cast<double>(total[c]);
     sums.totals(plan, channels, tile, 1, total);
