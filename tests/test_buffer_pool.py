@@ -64,6 +64,19 @@ def test_memory_is_used_again(nbytes, dtype):
         assert_same_bits(y, want)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("byte", [1, 3, 6])
+def test_outputs_are_aligned_where_inputs_are_not(byte, dtype):
+    values = batch(MiB, dtype)
+    memory = np.zeros(values.nbytes + 64, np.uint8)
+    x = memory[byte : byte + values.nbytes].view(dtype).reshape(values.shape)
+    x[...] = values
+    assert not x.flags.aligned
+    y = output(x)
+    assert y.flags.aligned
+    assert_same_bits(y, output(values))
+
+
 def test_what_was_used_last_is_used_first():
     x = batch(MiB)
     a, b, c = (output(x) for _ in range(3))

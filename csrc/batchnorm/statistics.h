@@ -61,5 +61,34 @@ HD double known_squares(double m2) { return m2 <= __DBL_MAX__ ? m2 : __builtin_n
 
 HD double inverse_deviation(double var, double eps) { return 1.0 / __builtin_sqrt(var + eps); }
 
+HD double mixed(double running, double now, double momentum) { return (1.0 - momentum) * running + momentum * now; }
+
+// The constants of formulas.h, each rounded once.
+template <class S>
+struct ForwardConstants {
+  S high, scale, offset;
+  HD ForwardConstants(double mean, double invstd, double weight, double bias) {
+    const Split<S> split(mean);
+    const double factor = weight * invstd;
+    high = split.high;
+    scale = static_cast<S>(factor);
+    offset = static_cast<S>(bias - split.low * factor);
+  }
+};
+
+// From the sums of dy and of dy * (x - high) over the n values of a channel.
+template <class S>
+struct BackwardConstants {
+  double dweight;
+  S level, slope;
+  HD BackwardConstants(double dy, double dy_x, double mean, double invstd, double n) {
+    const double low = Split<S>(mean).low;
+    dweight = (dy_x - low * dy) * invstd;
+    const double factor = invstd * (dweight / n);
+    slope = static_cast<S>(factor);
+    level = static_cast<S>(dy / n - low * factor);
+  }
+};
+
 }  // namespace
 }  // namespace onepass::batchnorm

@@ -21,6 +21,7 @@
 #include "cpu/batchnorm.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
+#include "cpu/update.h"
 
 namespace onepass {
 namespace {
@@ -246,7 +247,7 @@ void require_eps(double eps, DType dtype) {
 template <class Call>
 Isa run(Isa (*pass)(const Call&, std::size_t), const Call& call, std::size_t arrays) {
   const std::size_t bytes = arrays * call.count() * info(call.dtype).itemsize;
-  if (bytes < kReleaseBytes) return pass(call, thread_count());
+  if (bytes < kReleaseBytes && bytes < serial_bytes()) return pass(call, 1);
   return without_interpreter_lock([&] { return pass(call, thread_count()); });
 }
 
@@ -302,8 +303,8 @@ py::tuple forward(const py::object& x, const py::object& weight, const py::objec
   arguments.require_disjoint(training ? nullptr : "out", "x");
 
   const py::object y = out.is_none() ? py::object(pooled_array(arguments["x"].shape, call.dtype, call.x)) : out;
-  const py::array_t<double> mean = per_channel(call.channels);
-  const py::array_t<double> invstd = per_channel(call.channels);
+  py::array_t<double> mean = per_channel(call.channels);
+  py::array_t<double> invstd = per_channel(call.channels);
   call.y = out.is_none() ? py::reinterpret_borrow<py::array>(y).mutable_data() : arguments.data("out");
   call.weight = arguments.data("weight");
   call.bias = arguments.data("bias");
@@ -315,15 +316,23 @@ py::tuple forward(const py::object& x, const py::object& weight, const py::objec
   call.running_var = arguments.data("running_var");
   call.momentum = momentum;
   call.unbiased = unbiased;
-  call.mean = const_cast<double*>(mean.data());
-  call.invstd = const_cast<double*>(invstd.data());
-  const Isa isa = run(&batchnorm::forward, call, 2);
+  call.mean = mean.mutable_data();
+  call.invstd = invstd.mutable_data();
+
+  // Everything that may fail comes before the first write.
+  const bool empty = call.count() == 0;
+  py::object saved;
+  py::object batches;
   if (layer) {
-    const bool empty = call.count() == 0;
-    const bool in_place = call.y == call.x && !empty;
     const py::object y_or_none = relu && !residual.is_none() ? y : py::none();
-    layer->record[0] = in_place ? layer->overwritten : py::make_tuple(x, y_or_none, mean, invstd, layer->kept);
-    if (training && !empty) layer->record[1] = layer->record[1].cast<std::int64_t>() + 1;
+    const bool in_place = call.y == call.x && !empty;
+    saved = in_place ? layer->overwritten : py::make_tuple(x, y_or_none, mean, invstd, layer->kept);
+    batches = py::int_(layer->record[1].cast<std::int64_t>() + (training && !empty ? 1 : 0));
+  }
+  const Isa isa = run(&batchnorm::forward, call, residual.is_none() ? 2 : 3);
+  if (layer) {
+    PyList_SetItem(layer->record.ptr(), 1, batches.release().ptr());
+    PyList_SetItem(layer->record.ptr(), 0, saved.release().ptr());
   }
   return py::make_tuple(y, mean, invstd, isa_name(isa));
 }
@@ -393,6 +402,7 @@ py::tuple backward(const py::object& dy, const py::object& x, const py::object& 
 }  // namespace
 
 void bind_batchnorm(py::module_& m) {
+  create_pool();
   m.def("batch_norm_forward", &forward, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("running_mean"),
         py::arg("running_var"), py::arg("residual"), py::arg("out"), py::arg("training"), py::arg("momentum"),
         py::arg("unbiased"), py::arg("eps"), py::arg("channel_axis"), py::arg("relu"), py::arg("layer"));

@@ -22,27 +22,29 @@
 namespace onepass {
 namespace {
 
-constexpr std::size_t kHugePage = std::size_t{2} << 20;
 constexpr std::size_t kDefaultLimit = std::size_t{1} << 30;
 
 // Smaller arrays are the C library's: it recycles them itself and has no page faults to save.
 constexpr std::size_t kSmallest = std::size_t{128} << 10;
 
-// Sizes are rounded up to 8 steps for each power of two, so that batches of slightly different size share buffers and
-// no more than an eighth is lost.
+// Huge pages are fewer faults, but a page is only filled for the most part if there are many.
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+constexpr std::size_t kLeastHuge = 8 * kHugePage;
+
+// What is allocated for an array: its bytes, which may begin anywhere in a cache line, rounded up to 8 steps for each
+// power of two, so that batches of slightly different size share buffers and little more than an eighth is lost.
 std::size_t capacity_for(std::size_t bytes) {
-  if (bytes < kSmallest) return bytes;
-  const std::size_t step = std::max(std::bit_floor(bytes) / 8, std::size_t{1});
-  return (bytes + step - 1) / step * step;
+  const std::size_t step = bytes < kSmallest ? kCacheLine : std::bit_floor(bytes) / 8;
+  const std::size_t rounded = (bytes + step - 1) / step * step + kCacheLine;
+  const std::size_t page = rounded < kLeastHuge ? kCacheLine : kHugePage;
+  return (rounded + page - 1) / page * page;
 }
 
 void* allocate(std::size_t capacity) {
-  const std::size_t alignment = capacity >= kHugePage ? kHugePage : kCacheLine;
-  const std::size_t rounded = (capacity + alignment - 1) / alignment * alignment;
-  void* const memory = std::aligned_alloc(alignment, std::max(rounded, alignment));
+  void* const memory = std::aligned_alloc(capacity < kLeastHuge ? kCacheLine : kHugePage, capacity);
   if (memory == nullptr) throw std::bad_alloc();
 #if defined(__linux__)
-  if (capacity >= kHugePage) madvise(memory, rounded, MADV_HUGEPAGE);
+  if (capacity >= kLeastHuge) madvise(memory, capacity, MADV_HUGEPAGE);
 #endif
   return memory;
 }
@@ -55,7 +57,7 @@ struct Buffer {
 class BufferPool {
  public:
   Buffer take(std::size_t bytes) {
-    const std::size_t capacity = capacity_for(bytes) + kCacheLine;  // for an array that begins anywhere in a line
+    const std::size_t capacity = capacity_for(bytes);
     {
       const std::scoped_lock lock(mutex_);
       const auto found = std::ranges::find(free_, capacity, &Buffer::capacity);
@@ -166,9 +168,11 @@ py::array pooled_array(std::span<const std::ptrdiff_t> shape, DType dtype, const
   const auto* const start = static_cast<const std::byte*>(taken->buffer.memory);
   const py::capsule owner(taken.get(), [](void* pointer) { delete static_cast<const Taken*>(pointer); });
   [[maybe_unused]] const Taken* const owned = taken.release();
-  return {type, lengths, start + reinterpret_cast<std::uintptr_t>(like) % kCacheLine, owner};
+  const std::size_t item = info(dtype).itemsize;
+  return {type, lengths, start + reinterpret_cast<std::uintptr_t>(like) % kCacheLine / item * item, owner};
 }
 
+void create_pool() { pool(); }
 void empty_cache() { pool().clear(); }
 std::size_t cache_limit() { return pool().limit(); }
 void set_cache_limit(std::size_t bytes) { pool().set_limit(bytes); }

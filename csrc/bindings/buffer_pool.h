@@ -17,6 +17,9 @@ namespace py = pybind11;
 // address whose place within a cache line the array shall share, so that one loop is aligned in both.
 py::array pooled_array(std::span<const std::ptrdiff_t> shape, DType dtype, const void* like);
 
+// At import, when no other thread may fork in the middle of it.
+void create_pool();
+
 // Frees what the pool keeps. Arrays in use are not touched.
 void empty_cache();
 

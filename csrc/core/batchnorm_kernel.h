@@ -9,9 +9,7 @@
 
 namespace onepass::batchnorm {
 
-// Arrays over a whole batch share one layout. Arrays of one value per channel are in the compute type and may be read
-// up to kPadding values beyond their end.
-inline constexpr std::size_t kPadding = 16;
+// Arrays over a whole batch share one layout. Arrays of one value per channel are in the compute type.
 
 struct Region {
   Range channels;  // of one tile

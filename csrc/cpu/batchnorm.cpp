@@ -127,34 +127,26 @@ class Coefficients {
   using S = typename D::Compute;
   enum Kind : std::size_t { high, scale, offset, level, slope, kinds };
 
-  explicit Coefficients(const Batch& batch)
-      : batch_(batch),
-        stride_(divide_up(batch.channels + kPadding, kPadding) * kPadding),
-        values_(new S[kinds * stride_]()) {}
+  explicit Coefficients(const Batch& batch) : batch_(batch), values_(new S[kinds * batch.channels]()) {}
 
-  const S* of(Kind kind) const { return values_.get() + kind * stride_; }
+  const S* of(Kind kind) const { return values_.get() + kind * batch_.channels; }
 
   void set_forward(std::size_t c, double mean, double invstd) const {
-    const Split<S> split(mean);
-    const double factor = scale_of(c, invstd);
-    at(high, c) = split.high;
-    at(scale, c) = static_cast<S>(factor);
-    at(offset, c) = static_cast<S>((batch_.bias == nullptr ? 0.0 : load<D>(batch_.bias, c)) - split.low * factor);
+    const ForwardConstants<S> constants(mean, invstd, batch_.weight == nullptr ? 1.0 : load<D>(batch_.weight, c),
+                                        batch_.bias == nullptr ? 0.0 : load<D>(batch_.bias, c));
+    at(high, c) = constants.high;
+    at(scale, c) = constants.scale;
+    at(offset, c) = constants.offset;
   }
-  void set_backward(std::size_t c, double low, double invstd, double mean_dy, double mean_dy_xhat) const {
-    const double factor = invstd * mean_dy_xhat;
-    at(slope, c) = static_cast<S>(factor);
-    at(level, c) = static_cast<S>(mean_dy - low * factor);
+  void set_backward(std::size_t c, const BackwardConstants<S>& constants) const {
+    at(level, c) = constants.level;
+    at(slope, c) = constants.slope;
   }
 
  private:
-  S& at(Kind kind, std::size_t c) const { return values_[kind * stride_ + c]; }
-  double scale_of(std::size_t c, double invstd) const {
-    return batch_.weight == nullptr ? invstd : load<D>(batch_.weight, c) * invstd;
-  }
+  S& at(Kind kind, std::size_t c) const { return values_[kind * batch_.channels + c]; }
 
   const Batch& batch_;
-  std::size_t stride_;
   std::unique_ptr<S[]> values_;
 };
 
@@ -168,7 +160,7 @@ class Pass {
   static constexpr std::size_t itemsize = sizeof(typename D::Storage);
 
   Pass(const Batch& batch, std::size_t streams, std::size_t threads)
-      : plan_(make_plan(batch.outer, batch.channels, batch.inner)),
+      : plan_(make_plan(batch.outer, batch.channels, batch.inner, sizeof(S))),
         route_(plan_, streams, itemsize, threads),
         coefficients_(batch),
         sums_(new double[2 * plan_.chunks * plan_.channels]),
@@ -287,7 +279,7 @@ class ForwardPass : Pass<D> {
       use(c, mean[k], sum / n);
       if (call_.running_mean == nullptr) continue;
       const auto mix = [&](void* running, double now) {
-        store<D>(running, c, (1.0 - call_.momentum) * load<D>(running, c) + call_.momentum * now);
+        store<D>(running, c, mixed(load<D>(running, c), now, call_.momentum));
       };
       mix(call_.running_mean, mean[k]);
       mix(call_.running_var, sum / (call_.unbiased ? n - 1.0 : n));
@@ -334,7 +326,7 @@ class BackwardPass : Pass<D> {
     const auto map = [&](const Region& region) {
       this->note(this->kernels_.input_gradients(this->plan_, region, pass_));
     };
-    if (call_.frozen) {  // the map needs no sum: each chunk is read once
+    if (call_.frozen) {  // the map needs no sum
       this->for_each_chunk(Order::forwards, [&](const Region& region, std::size_t chunk) {
         sum(region, chunk);
         map(region);
@@ -361,17 +353,23 @@ class BackwardPass : Pass<D> {
     const auto n = static_cast<double>(call_.per_channel());
     for (std::size_t k = 0; k < channels.size(); ++k) {
       const std::size_t c = channels.begin + k;
-      const double low = Split<typename D::Compute>(call_.mean[c]).low;
-      const double dweight = (dy_x[k] - low * dy[k]) * call_.invstd[c];
+      const BackwardConstants<typename D::Compute> constants(dy[k], dy_x[k], call_.mean[c], call_.invstd[c], n);
       if (call_.dbias != nullptr) store<D>(call_.dbias, c, dy[k]);
-      if (call_.dweight != nullptr) store<D>(call_.dweight, c, dweight);
-      this->coefficients_.set_backward(c, low, call_.invstd[c], dy[k] / n, dweight / n);
+      if (call_.dweight != nullptr) store<D>(call_.dweight, c, constants.dweight);
+      this->coefficients_.set_backward(c, constants);
     }
   }
 
   const BackwardCall& call_;
   Backward pass_{};
 };
+
+template <template <class> class PassOf, class Call, class... Ds>
+Isa run_as(TypeList<Ds...> /*dtypes*/, const Call& call, std::size_t threads) {
+  Isa isa = Isa::scalar;
+  ((call.dtype == Ds::id && (isa = PassOf<Ds>(call, threads).run(), true)) || ...);
+  return isa;
+}
 
 }  // namespace
 
@@ -381,8 +379,7 @@ Isa forward(const ForwardCall& call, std::size_t threads) {
     std::fill_n(call.invstd, call.channels, std::numeric_limits<double>::quiet_NaN());
     return active_kernels().isa;
   }
-  if (call.dtype == DType::float32) return ForwardPass<Float32>(call, threads).run();
-  return ForwardPass<Float64>(call, threads).run();
+  return run_as<ForwardPass>(DTypes{}, call, threads);
 }
 
 Isa backward(const BackwardCall& call, std::size_t threads) {
@@ -393,8 +390,7 @@ Isa backward(const BackwardCall& call, std::size_t threads) {
     }
     return active_kernels().isa;
   }
-  if (call.dtype == DType::float32) return BackwardPass<Float32>(call, threads).run();
-  return BackwardPass<Float64>(call, threads).run();
+  return run_as<BackwardPass>(DTypes{}, call, threads);
 }
 
 }  // namespace onepass::batchnorm

@@ -235,11 +235,15 @@ struct Tile {
   static constexpr std::size_t kLine = 64;
 };
 
+template <class S>
+constexpr std::size_t kTileColumns = kTileBytes / sizeof(S);
+static_assert(kTileColumns<double> >= kRowColumns);
+
 // One value for each column of a tile, in the order of its pieces, and room for a vector behind the last.
 template <class S>
 struct Columns {
   using V = Wide<S>;
-  alignas(64) S values[kTileColumns + V::lanes];
+  alignas(64) S values[kTileColumns<S> + V::lanes];
 
   HD V operator[](std::size_t column) const { return V::template load<Plain<S>>(at<Plain<S>>(values, column)); }
   HD void set(std::size_t column, V value) { value.template store<Plain<S>>(at<Plain<S>>(values, column)); }
@@ -359,6 +363,9 @@ template <class S, std::size_t N>
 struct OfColumns {
   Columns<S> value[N];
   HD OfColumns(const PerChannel<S, N>& given, const Plan& plan, Range channels, std::size_t turn) {
+    expand(given, plan, channels, turn);
+  }
+  HD void expand(const PerChannel<S, N>& given, const Plan& plan, Range channels, std::size_t turn) {
     for (std::size_t n = 0; n < N; ++n) {
       if (given.of[n] != nullptr) value[n].expand(plan, channels.size(), turn, given.of[n] + channels.begin);
     }
@@ -415,8 +422,8 @@ HD void moments_of_runs(const Plan& plan, const Region& region, const void* x, d
       for_segments(plan, channel, block, [&](std::size_t element, std::size_t count) {
         sums.add_run(count, [&](std::size_t i, auto access) {
           prefetch<D, V>(x, element + i + next);
-          const V d = access.template load<D>(at<D>(x, element + i)) - V(center);
-          return Terms<V, 2>{{d, d * d}};
+          const Pair<V> d = deviation_terms(access.template load<D>(at<D>(x, element + i)), V(center));
+          return Terms<V, 2>{{d.first, d.second}};
         });
       });
       const Moments of_block(center, sums.total(0), sums.total(1), n);
@@ -432,11 +439,11 @@ HD void moments_of_columns(const Plan& plan, const Region& region, const void* x
   using V = Wide<S>;
   const std::size_t channels = region.channels.size();
   double before = 0;
-  double block_mean[kTileColumns];
-  double block_m2[kTileColumns];
-  S center[kTileColumns];
-  S sum[kTileColumns];
-  S squares[kTileColumns];
+  double block_mean[kTileColumns<S>];
+  double block_m2[kTileColumns<S>];
+  S center[kTileColumns<S>];
+  S sum[kTileColumns<S>];
+  S squares[kTileColumns<S>];
   Columns<S> centers;
   ColumnSums<S, 1> sample;
   ColumnSums<S, 2> sums;
@@ -455,8 +462,8 @@ HD void moments_of_columns(const Plan& plan, const Region& region, const void* x
     for (std::size_t c = 0; c < channels; ++c) center[c] = center_of(center[c], sum[c], sample_count);
     centers.expand(plan, channels, tile.turn, center);
     sums.template add<4>(tile, [&](std::size_t element, std::size_t column, auto access) {
-      const V d = access.template load<D>(at<D>(x, element)) - centers[column];
-      return Terms<V, 2>{{d, d * d}};
+      const Pair<V> d = deviation_terms(access.template load<D>(at<D>(x, element)), centers[column]);
+      return Terms<V, 2>{{d.first, d.second}};
     });
     sums.totals(plan, channels, tile, 0, sum);
     sums.totals(plan, channels, tile, 1, squares);
@@ -496,12 +503,13 @@ HD void normalize_as(const Plan& plan, const Region& region, const Forward& pass
       const std::size_t k = column + i;
       const V x = access.template load<D>(at<D>(pass.x, first + i));
       V y = normalize(x, value(kHigh, k), value(kScale, k), value(kOffset, k));  // NOLINT(misc-const-correctness)
-      if constexpr (kResidual) y = y + access.template load<D>(at<D>(pass.residual, first + i));
+      if constexpr (kResidual) y = add_residual(y, access.template load<D>(at<D>(pass.residual, first + i)));
       if constexpr (kRelu) y = rectify(y);
       access.template store<D>(y, at<D>(pass.y, first + i));
     });
   };
   for_pieces<D>(plan, region, pass.y, given, map_piece);
+  if constexpr (kStream) V::fence();
 }
 
 template <bool kValue>
@@ -564,7 +572,7 @@ HD V arriving(V x, const Backward& pass, std::size_t element, Access access, con
   } else {
     y = normalize(x, value(kHigh, column), value(kScale, column), value(kOffset, column));
   }
-  return gate(flush(dy), y);
+  return rectified_gradient(dy, y);
 }
 
 template <class D, Mask kMask>
@@ -577,7 +585,8 @@ HD void sums_as(const Plan& plan, const Region& region, const Backward& pass, do
   const auto terms = [&pass](std::size_t element, std::size_t column, auto access, const auto& value) {
     const V x = access.template load<D>(at<D>(pass.x, element));
     const V g = arriving<kMask, D>(x, pass, element, access, value, column);
-    return Terms<V, 2>{{g, g * (x - value(kHigh, column))}};
+    const Pair<V> sums = gradient_terms(g, x, value(kHigh, column));
+    return Terms<V, 2>{{sums.first, sums.second}};
   };
   const std::size_t channels = region.channels.size();
   for (std::size_t c = 0; c < channels; ++c) dy[c] = dy_x[c] = 0;
@@ -605,13 +614,13 @@ HD void sums_as(const Plan& plan, const Region& region, const Backward& pass, do
   const Range first_rows = rows_in(plan, {region.blocks.begin, region.blocks.begin + 1});
   std::size_t turn = Tile::of<D>(plan, region.channels, first_rows, pass.x).turn;
   OfColumns<S, kForwardValues> value(given, plan, region.channels, turn);
-  S total[kTileColumns];
+  S total[kTileColumns<S>];
   ColumnSums<S, 2> sums;
   for (std::size_t block = region.blocks.begin; block < region.blocks.end; ++block) {
     const Tile tile = Tile::of<D>(plan, region.channels, rows_in(plan, {block, block + 1}), pass.x);
     if (tile.turn != turn) {
       turn = tile.turn;
-      value = OfColumns<S, kForwardValues>(given, plan, region.channels, turn);
+      value.expand(given, plan, region.channels, turn);
     }
     const auto terms_of_tile = [&](std::size_t element, std::size_t column, auto access) {
       return terms(element, column, access, value);
@@ -652,7 +661,7 @@ HD void input_gradients_as(const Plan& plan, const Region& region, const Backwar
       const V g = arriving<kMask, D>(x, pass, first + i, access, value, k);
       V dx;
       if constexpr (kFrozen) {
-        dx = g * value(kScale, k);
+        dx = frozen_gradient(g, value(kScale, k));
       } else {
         dx = input_gradient(g, x, value(kHigh, k), value(kScale, k), value(kLevel, k), value(kSlope, k));
       }
@@ -661,6 +670,7 @@ HD void input_gradients_as(const Plan& plan, const Region& region, const Backwar
     });
   };
   for_pieces<D>(plan, region, pass.dx, given, map_piece);
+  if constexpr (kStream) V::fence();
 }
 
 template <class D>

@@ -53,6 +53,7 @@ struct Float32x8 {
     static_assert(std::is_same_v<D, Float32>);
     _mm256_stream_ps(reinterpret_cast<float*>(to), value);
   }
+  HD static void fence() { _mm_sfence(); }
   HD friend Float32x8 first(std::size_t count, Float32x8 a, Float32x8 b) {
     return Float32x8(_mm256_blendv_ps(b.value, a.value, _mm256_castsi256_ps(first_lanes(count))));
   }
@@ -120,6 +121,7 @@ struct Float64x4 {
     static_assert(std::is_same_v<D, Float64>);
     _mm256_stream_pd(reinterpret_cast<double*>(to), value);
   }
+  HD static void fence() { _mm_sfence(); }
   HD friend Float64x4 first(std::size_t count, Float64x4 a, Float64x4 b) {
     return Float64x4(_mm256_blendv_pd(b.value, a.value, _mm256_castsi256_pd(first_lanes(count))));
   }

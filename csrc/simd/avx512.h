@@ -53,6 +53,7 @@ struct Float32x16 {
     static_assert(std::is_same_v<D, Float32>);
     _mm512_stream_ps(reinterpret_cast<float*>(to), value);
   }
+  HD static void fence() { _mm_sfence(); }
   HD friend Float32x16 first(std::size_t count, Float32x16 a, Float32x16 b) {
     return Float32x16(_mm512_mask_mov_ps(b.value, first_lanes(count), a.value));
   }
@@ -117,6 +118,7 @@ struct Float64x8 {
     static_assert(std::is_same_v<D, Float64>);
     _mm512_stream_pd(reinterpret_cast<double*>(to), value);
   }
+  HD static void fence() { _mm_sfence(); }
   HD friend Float64x8 first(std::size_t count, Float64x8 a, Float64x8 b) {
     return Float64x8(_mm512_mask_mov_pd(b.value, first_lanes(count), a.value));
   }

@@ -43,11 +43,12 @@ struct OneLane {
   HD void store_part(std::byte* to, std::size_t /*count*/) const {
     store<D>(to);
   }
-  // To an aligned address, past the caches where the machine can.
+  // To an aligned address, past the caches where the machine can. Before others may read what was written so, fence().
   template <class D>
   HD void stream(std::byte* to) const {
     store<D>(to);
   }
+  HD static void fence() {}
   HD friend OneLane first(std::size_t /*count*/, OneLane a, OneLane /*b*/) { return a; }  // then the lanes of b
 
   HD friend OneLane operator+(OneLane a, OneLane b) { return OneLane(a.value + b.value); }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,9 @@ from onepass.state_dicts import count, entries, matching_array
 
 FloatArray: TypeAlias = npt.NDArray[Any]
 Activation: TypeAlias = Literal["relu"] | None
+
+
+_NOT_GIVEN: Any = object()
 
 
 class BatchNormGradients(NamedTuple):
@@ -115,8 +119,8 @@ def batch_norm(
     -----
     Sums are taken about a center near the channel's mean, and what is subtracted from `x` is the mean rounded to its
     dtype; the rest of the mean is part of the shift. So a mean that is large beside the deviation costs no digits: at
-    mean / deviation = 1000 the variance is off by 1e-7 of itself in float32. Deviations above 1.8e19 in float32
-    (1.3e154 in float64) overflow when they are squared; the result is NaN then.
+    mean / deviation = 1000 the variance is off by 1e-7 of itself in float32. Squares of deviations are summed over up
+    to 32,768 values: in float32 those of deviations above 1e17 may overflow, and the result is NaN then.
 
     References
     ----------
@@ -165,7 +169,7 @@ def batch_norm_backward(
     training: bool = True,
     channel_axis: int = 1,
     activation: Activation = None,
-    y: Array | None = None,
+    y: Array | None = _NOT_GIVEN,
     out: Array | None = None,
 ) -> BatchNormGradients:
     r"""Go back through :func:`batch_norm`: the gradients of its input, parameters and residual.
@@ -186,9 +190,9 @@ def batch_norm_backward(
         Gradient of the output, like `x`.
     x, mean, invstd, weight, bias, training, channel_axis, activation
         As they were in the forward pass, and as it returned them.
-    y : array, optional
-        The output of the forward pass. Needed where a residual was added before the activation; without one the output
-        is computed again from `x`, which costs no memory traffic.
+    y : array or None
+        To be given with an activation: the output of the forward pass if a residual was added before it; None if not,
+        and the output is computed again from `x`, which costs no memory traffic.
     out : array, optional
         Where the gradient of the input goes, like `x`. By default a new array, whose memory is recycled.
 
@@ -215,6 +219,10 @@ def batch_norm_backward(
     True
     """
     relu = _is_relu(activation)
+    if y is _NOT_GIVEN:
+        if relu:
+            raise TypeError("y: expected the output of the forward pass, or None if no residual was added to it")
+        y = None
     dx, dweight, dbias, residual, _ = _cpu.batch_norm_backward(
         dy,
         x,
@@ -605,6 +613,9 @@ class BatchNorm:
             state = {**self.__dict__, "_record": [_NO_FORWARD, self._record[1]], "_residual_grad": None}
             del state["_busy"]
             return state
+
+    def __copy__(self) -> BatchNorm:
+        return copy.deepcopy(self)  # two layers that share arrays, and not their counts, would be neither
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state, _busy=threading.Lock())
