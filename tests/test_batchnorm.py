@@ -8,6 +8,7 @@ import gc
 import itertools
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -1692,3 +1693,83 @@ print("last words", flush=True)
 """
     )
     assert done.stdout == "last words\n"
+
+
+# What a hostile caller found
+
+
+def test_parameters_that_change_while_the_input_is_read():
+    """An array's own export may do what it likes: both passes still use the same parameters."""
+
+    class Meddler:
+        def __init__(self, array, meddle):
+            self.array, self.meddle = array, meddle
+
+        def __dlpack_device__(self):
+            return (1, 0)
+
+        def __dlpack__(self, **options):
+            self.meddle()
+            return self.array.__dlpack__(**options)
+
+    x, dy = batch(), gradient()
+    layer, twin = onepass.BatchNorm(CHANNELS), onepass.BatchNorm(CHANNELS)
+    twin.weight.fill(5)
+    y = layer(Meddler(x, lambda: layer.weight.fill(5)))
+    assert_same_bits(y, twin(x))
+    assert_same_bits(layer.backward(dy), twin.backward(dy))
+
+
+def test_a_subclass_that_overrides_forward_is_called():
+    class Louder(onepass.BatchNorm):
+        def forward(self, x, **options):
+            return 2 * super().forward(x, **options)
+
+    x = batch()
+    assert_same_bits(Louder(CHANNELS)(x), 2 * onepass.BatchNorm(CHANNELS)(x))
+
+
+def test_the_count_of_batches_stays_loadable():
+    layer = onepass.BatchNorm(CHANNELS)
+    layer.load_state_dict({**layer.state_dict(), "num_batches_tracked": 2**62})
+    layer(batch())
+    assert layer.num_batches_tracked == 2**62
+    layer.load_state_dict(layer.state_dict())
+
+
+@pytest.mark.parametrize("momentum", [0.0, 1.0])
+def test_what_has_no_weight_is_left_out(momentum):
+    layer = onepass.BatchNorm(CHANNELS, momentum=momentum)
+    x = batch()
+    x[0, 0] = np.inf
+    layer.running_mean[1] = np.inf
+    layer(x)
+    assert np.isfinite(layer.running_mean[0]) == (momentum == 0.0)
+    assert np.isfinite(layer.running_mean[1]) == (momentum == 1.0)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers")
+def test_an_interrupt_never_leaves_a_layer_locked():
+    class InterruptError(Exception):
+        pass
+
+    def interrupt(number, frame):
+        raise InterruptError
+
+    x, dy, layer = batch(), gradient(), onepass.BatchNorm(CHANNELS)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for k in range(3000):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 20e-6 + k % 100 * 1e-6)
+                while True:
+                    layer.forward(x)
+                    layer.backward(dy)
+            except InterruptError:
+                pass
+            batches = layer.num_batches_tracked
+            layer.forward(x)
+            assert layer.num_batches_tracked == batches + 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

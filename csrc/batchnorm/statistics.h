@@ -61,7 +61,12 @@ HD double known_squares(double m2) { return m2 <= __DBL_MAX__ ? m2 : __builtin_n
 
 HD double inverse_deviation(double var, double eps) { return 1.0 / __builtin_sqrt(var + eps); }
 
-HD double mixed(double running, double now, double momentum) { return (1.0 - momentum) * running + momentum * now; }
+// A term without weight is left out, not multiplied: 0 * inf is NaN.
+HD double mixed(double running, double now, double momentum) {
+  if (momentum == 0) return running;
+  if (momentum == 1) return now;
+  return (1.0 - momentum) * running + momentum * now;
+}
 
 // The constants of formulas.h, each rounded once.
 template <class S>

@@ -34,9 +34,19 @@ std::string type_name(py::handle object) { return py::str(py::type::handle_of(ob
 bool is_masked(py::handle array) {
   // A masked array is an ndarray whose mask an update would ignore.
   // By the type alone: isinstance() would ask the array for its __class__, and run whatever that is.
-  const py::object module = py::module_::import("sys").attr("modules").attr("get")("numpy.ma");
-  if (module.is_none()) return false;
-  const py::object masked = module.attr("MaskedArray");
+  // And without an object that the garbage collector counts: it may run the caller's finalizers, which may resize
+  // arrays that were read before.
+  const auto name = py::reinterpret_steal<py::object>(PyUnicode_FromString("numpy.ma"));
+  const auto module = py::reinterpret_steal<py::object>(PyImport_GetModule(name.ptr()));
+  if (!module) {
+    PyErr_Clear();
+    return false;
+  }
+  const auto masked = py::reinterpret_steal<py::object>(PyObject_GetAttrString(module.ptr(), "MaskedArray"));
+  if (!masked || PyType_Check(masked.ptr()) == 0) {
+    PyErr_Clear();
+    return false;
+  }
   return PyObject_TypeCheck(array.ptr(), reinterpret_cast<PyTypeObject*>(masked.ptr())) != 0;
 }
 

@@ -4,12 +4,14 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <deque>
 #include <limits>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -258,6 +260,18 @@ std::vector<double> copy_of(const ArrayView& view) {
   return values;
 }
 
+// None if there is no such parameter; `used` is what the call reads.
+py::object copy_of_parameter(const ArrayView* view, const void*& used) {
+  if (view == nullptr) return py::none();
+  py::object copy = py::array(py::dtype(info(view->dtype).name), static_cast<py::ssize_t>(view->count));
+  void* const values = py::reinterpret_borrow<py::array>(copy).mutable_data();
+  if (view->count > 0) std::memcpy(values, view->data, view->count * view->itemsize());
+  used = values;
+  return copy;
+}
+
+constexpr std::int64_t kMostBatches = std::int64_t{1} << 62;  // of what a state_dict may hold
+
 py::array_t<double> per_channel(std::size_t channels) {
   return py::array_t<double>(static_cast<py::ssize_t>(channels));
 }
@@ -326,8 +340,13 @@ py::tuple forward(const py::object& x, const py::object& weight, const py::objec
   if (layer) {
     const py::object y_or_none = relu && !residual.is_none() ? y : py::none();
     const bool in_place = call.y == call.x && !empty;
-    saved = in_place ? layer->overwritten : py::make_tuple(x, y_or_none, mean, invstd, layer->kept);
-    batches = py::int_(layer->record[1].cast<std::int64_t>() + (training && !empty ? 1 : 0));
+    // Copies of the parameters, made after foreign arrays have run what they like, and used by both passes.
+    const py::object own_weight = copy_of_parameter(arguments.find("weight"), call.weight);
+    const py::object own_bias = copy_of_parameter(arguments.find("bias"), call.bias);
+    saved =
+        in_place ? layer->overwritten : py::make_tuple(x, y_or_none, mean, invstd, own_weight, own_bias, layer->kept);
+    const auto count = layer->record[1].cast<std::int64_t>();
+    batches = py::int_(training && !empty ? std::min(count + 1, kMostBatches) : count);
   }
   const Isa isa = run(&batchnorm::forward, call, residual.is_none() ? 2 : 3);
   if (layer) {
@@ -399,10 +418,28 @@ py::tuple backward(const py::object& dy, const py::object& x, const py::object& 
   return py::make_tuple(dx, dweight, dbias, dresidual, isa_name(isa));
 }
 
+// Whose turn it is in a layer. Entered and left by functions of C++, between which no interrupt is looked for.
+class Turn {
+ public:
+  void enter() {
+    if (taken_.exchange(true, std::memory_order_acquire)) {
+      throw std::runtime_error("this layer is in the middle of a pass; nothing was done");
+    }
+  }
+  void leave() { taken_.store(false, std::memory_order_release); }
+
+ private:
+  std::atomic<bool> taken_{false};
+};
+
 }  // namespace
 
 void bind_batchnorm(py::module_& m) {
   create_pool();
+  py::class_<Turn>(m, "Turn")
+      .def(py::init<>())
+      .def("__enter__", &Turn::enter)
+      .def("__exit__", [](Turn& turn, const py::args& /*exception*/) { turn.leave(); });
   m.def("batch_norm_forward", &forward, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("running_mean"),
         py::arg("running_var"), py::arg("residual"), py::arg("out"), py::arg("training"), py::arg("momentum"),
         py::arg("unbiased"), py::arg("eps"), py::arg("channel_axis"), py::arg("relu"), py::arg("layer"));

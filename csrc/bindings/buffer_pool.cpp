@@ -34,7 +34,7 @@ constexpr std::size_t kLeastHuge = 8 * kHugePage;
 // What is allocated for an array: its bytes, which may begin anywhere in a cache line, rounded up to 8 steps for each
 // power of two, so that batches of slightly different size share buffers and little more than an eighth is lost.
 std::size_t capacity_for(std::size_t bytes) {
-  const std::size_t step = bytes < kSmallest ? kCacheLine : std::bit_floor(bytes) / 8;
+  const std::size_t step = std::max(bytes < kSmallest ? kCacheLine : std::bit_floor(bytes) / 8, std::size_t{1});
   const std::size_t rounded = (bytes + step - 1) / step * step + kCacheLine;
   const std::size_t page = rounded < kLeastHuge ? kCacheLine : kHugePage;
   return (rounded + page - 1) / page * page;

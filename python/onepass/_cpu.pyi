@@ -50,6 +50,11 @@ def update(
     names: Sequence[str],
     single: bool = False,
 ) -> None: ...
+
+class Turn:
+    def __enter__(self) -> None: ...
+    def __exit__(self, *exception: object) -> None: ...
+
 def batch_norm_forward(
     x: Any,
     weight: Any,

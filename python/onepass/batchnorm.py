@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from numbers import Integral
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -244,8 +242,6 @@ def batch_norm_backward(
 class _Kept(NamedTuple):
     """What the layer itself keeps for the backward pass."""
 
-    weight: FloatArray | None  # copies: a step may lie between the passes
-    bias: FloatArray | None
     training: bool
     residual: bool
 
@@ -259,7 +255,8 @@ class BatchNorm:
         r = (1 - \mathrm{momentum}) \cdot r + \mathrm{momentum} \cdot \text{batch statistic}
 
     or, with ``momentum=None``, the plain average over the batches since :meth:`reset_running_stats`: a last run over
-    some batches without an optimizer gives the population's statistics for inference.
+    some batches without an optimizer gives the population's statistics for inference. The average is kept in the
+    layer's dtype and rounded at each batch: some thousand batches are averaged well.
 
     Parameters
     ----------
@@ -348,7 +345,7 @@ class BatchNorm:
         self._residual_grad: Any = None
         # What the backward pass needs, or why there is nothing; batches that the running statistics have seen.
         self._record: list[Any] = [_NO_FORWARD, 0]
-        self._busy = threading.Lock()
+        self._turn = _cpu.Turn()
 
     def _zeros(self) -> FloatArray:
         return np.zeros(self._channels, self._dtype)
@@ -478,13 +475,11 @@ class BatchNorm:
             If this layer is in the middle of a pass already (of another thread).
         """
         training = self._training if training is None else flag(training, "training")
-        with self._turn():
+        with self._turn:
             momentum = self._momentum
             if momentum is None:
                 momentum = 1.0 / (self._record[1] + 1)
-            weight = None if self._weight is None else self._weight.copy()
-            bias = None if self._bias is None else self._bias.copy()
-            kept = _Kept(weight, bias, training, residual is not None)
+            kept = _Kept(training, residual is not None)
             y, _, _, _ = _cpu.batch_norm_forward(
                 x,
                 self._weight,
@@ -503,7 +498,11 @@ class BatchNorm:
             )
             return y
 
-    __call__ = forward
+    def __call__(
+        self, x: Array, *, training: bool | None = None, residual: Array | None = None, out: Array | None = None
+    ) -> FloatArray:
+        """The same as :meth:`forward`."""
+        return self.forward(x, training=training, residual=residual, out=out)
 
     def backward(self, dy: Array, *, out: Array | None = None) -> FloatArray:
         """Go back through the last :meth:`forward`; see :func:`onepass.functional.batch_norm_backward`.
@@ -530,18 +529,18 @@ class BatchNorm:
             If there is no forward pass to go back through: there was none, its backward pass has been made already, or
             its input was overwritten by ``out=x``. Or if this layer is in the middle of a pass already.
         """
-        with self._turn():
+        with self._turn:
             saved = self._record[0]
             if isinstance(saved, str):
                 raise RuntimeError(f"backward: {saved}")
-            x, y, mean, invstd, kept = saved
+            x, y, mean, invstd, weight, bias, kept = saved
             dx, _, _, residual, _ = _cpu.batch_norm_backward(
                 dy,
                 x,
                 mean,
                 invstd,
-                kept.weight,
-                kept.bias,
+                weight,
+                bias,
                 y,
                 out,
                 self._weight_grad,
@@ -558,7 +557,7 @@ class BatchNorm:
 
     def reset_running_stats(self) -> None:
         """Forget all batches: mean 0, variance 1, none tracked."""
-        with self._turn():
+        with self._turn:
             self._running_mean.fill(0.0)
             self._running_var.fill(1.0)
             self._record[1] = 0
@@ -571,7 +570,7 @@ class BatchNorm:
         dict
             ``weight``, ``bias`` (with `affine`), ``running_mean``, ``running_var``: copies; ``num_batches_tracked``.
         """
-        with self._turn():
+        with self._turn:
             arrays = {name: array.copy() for name, array in self._state().items()}
             return {**arrays, "num_batches_tracked": self._record[1]}
 
@@ -583,7 +582,7 @@ class BatchNorm:
         TypeError, ValueError
             If it is of a layer of another size, dtype or `affine`. Nothing has changed then.
         """
-        with self._turn():
+        with self._turn:
             own = self._state()
             given = entries(state_dict, "state_dict", (*own, "num_batches_tracked"))
             copies = [(array, matching_array(given[name], array, name).copy()) for name, array in own.items()]
@@ -599,26 +598,17 @@ class BatchNorm:
     def _relu(self) -> bool:
         return self._activation == "relu"
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        if not self._busy.acquire(blocking=False):
-            raise RuntimeError("this layer is in the middle of a pass; nothing was done")
-        try:
-            yield
-        finally:
-            self._busy.release()
-
     def __getstate__(self) -> dict[str, Any]:
-        with self._turn():
+        with self._turn:
             state = {**self.__dict__, "_record": [_NO_FORWARD, self._record[1]], "_residual_grad": None}
-            del state["_busy"]
+            del state["_turn"]
             return state
 
     def __copy__(self) -> BatchNorm:
         return copy.deepcopy(self)  # two layers that share arrays, and not their counts, would be neither
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.__dict__.update(state, _busy=threading.Lock())
+        self.__dict__.update(state, _turn=_cpu.Turn())
 
     def __repr__(self) -> str:
         return (

@@ -271,6 +271,10 @@ def forward(
         def mixed(running, now):
             if running is None:
                 return None
+            if momentum == 0.0:  # a term without weight is left out
+                return Flushed(running, dtype).value
+            if momentum == 1.0:
+                return rounded(now, dtype).value
             return rounded(double(1.0 - momentum) * double(running) + double(momentum) * now, dtype).value
 
         running_mean = mixed(running_mean, mean)
