@@ -20,6 +20,9 @@ CLASSES: tuple[type[onepass.Optimizer], ...] = tuple(
     if isinstance(value, type) and issubclass(value, onepass.Optimizer) and value is not onepass.Optimizer
 )
 
+# The functions of `onepass.functional` that are update rules.
+UPDATE_RULES = tuple(name for name in onepass.functional.__all__ if "batch_norm" not in name and name.islower())
+
 # Each class with its defaults, and each option that leads to other arithmetic or other states.
 CASES: dict[str, tuple[type[onepass.Optimizer], dict[str, Any]]] = {
     **{cls.__name__: (cls, {}) for cls in CLASSES},

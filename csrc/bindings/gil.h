@@ -20,7 +20,8 @@ inline constexpr std::size_t kReleaseBytes = std::size_t{1} << 15;
 // Takes the interpreter lock back. Before CPython 3.14 that ends the thread, by unwinding it, when the interpreter has
 // been shut down meanwhile (a daemon thread). What lies above us does not survive that: the thread waits instead, like
 // in later versions, until the process is gone.
-inline void restore_thread(PyThreadState* state) {
+// (That unwinding hands over no object, which GCC's own sanitizer takes for a mistake.)
+[[gnu::noinline, gnu::no_sanitize("undefined")]] inline void restore_thread(PyThreadState* state) {
 #if defined(__GLIBCXX__)
   try {
     PyEval_RestoreThread(state);
