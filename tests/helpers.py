@@ -53,8 +53,28 @@ def make(case: str, params: Any, **more: Any) -> onepass.Optimizer:
 
 
 def hyper_names(cls: type[onepass.Optimizer]) -> list[str]:
-    """The names of the hyper-parameters that the constructor takes."""
-    return [name for name in inspect.signature(cls).parameters if name not in ("params", "grads")]
+    """The names of the hyper-parameters that the constructor takes by themselves."""
+    return [name for name in inspect.signature(cls).parameters if name not in ("params", "grads", "options")]
+
+
+def update(
+    rule: str,
+    params: Sequence[Any],
+    grads: Sequence[Any],
+    slots: Sequence[Sequence[Any]],
+    coefficients: Mapping[str, float],
+    *,
+    scale: float = 1.0,
+    l1: float = 0.0,
+    l2: float = 0.0,
+    decay: float = 1.0,
+) -> None:
+    """A step of any rule of the registry, yardsticks included, by its coefficients."""
+    missing = 3 - len(slots)
+    streams = [params, None, *slots, *[None] * missing, None, None, None, None]
+    recipe = (dict(coefficients), scale, l1, l2, decay, None, 0.0, None)
+    names = ("params", "grads", "slot0", "slot1", "slot2", "emas", "mirrors", "remainders", "accumulators")
+    _cpu.update(rule, grads, streams, recipe, 1, None, 0, False, (1, 1), names)
 
 
 def rules_of_registry() -> set[str]:

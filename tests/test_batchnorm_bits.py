@@ -21,7 +21,7 @@ from onepass.functional import batch_norm, batch_norm_backward
 from reference import batchnorm as reference
 from reference.expressions import assert_same_bits
 
-DTYPES = _cpu.dtypes()
+DTYPES = _cpu.compute_dtypes()
 ISAS = onepass.available_isas()
 THREADS = (1, 2, 5)
 EVERYWHERE = tuple(itertools.product(ISAS, THREADS))

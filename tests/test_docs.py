@@ -125,7 +125,7 @@ def test_page_lists_every_hyper_parameter_with_its_default(cls):
     section = text.split("\n## Hyper-parameters\n")[1].split("\n## ")[0]
     listed = {name: default for name, default, *_ in rows(section)[2:]}
     signature = inspect.signature(cls).parameters
-    assert listed == {name: repr(p.default) for name, p in signature.items() if name != "params"}
+    assert listed == {name: repr(p.default) for name, p in signature.items() if name not in ("params", "options")}
 
 
 def test_readme_lists_states_and_traffic():

@@ -153,7 +153,11 @@ def build_consumer(build, *options):
 
 
 # What a kernel unit exports, without the name of its instruction set.
-TABLES = {"kernels.cpp.o": "onepass::kernels_", "batchnorm_kernels.cpp.o": "onepass::batchnorm::kernels_"}
+TABLES = {
+    "kernels.cpp.o": "onepass::kernels_",
+    "step_kernels.cpp.o": "onepass::step_kernels_",
+    "batchnorm_kernels.cpp.o": "onepass::batchnorm::kernels_",
+}
 
 
 def kernel_objects(build):

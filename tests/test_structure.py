@@ -440,7 +440,7 @@ def test_values_are_stored_as_plain_types(cls):
             assert [type(beta) for beta in value] == [float, float]
             assert value == (0.5, 0.75)
         elif name != "params":
-            assert type(value) in (float, bool), name
+            assert type(value) in (float, bool, type(None)), name
             assert name not in given or value == given[name]
 
 

@@ -1,7 +1,9 @@
 #include "bindings/array_view.h"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
+#include <optional>
 
 #include "bindings/dlpack.h"
 #include "core/layout.h"
@@ -11,6 +13,10 @@ namespace {
 
 using Kind = ArgumentError::Kind;
 
+// pybind11 has no names for these.
+constexpr int kNumpyHalf = 23;        // NPY_HALF
+constexpr int kNumpyUserTypes = 256;  // NPY_USERDEF
+
 constexpr const char* kOnCuda = "is on a CUDA device, and this build of onepass has no CUDA kernels; pass host arrays";
 
 PyTypeObject* ndarray_type() {
@@ -18,15 +24,15 @@ PyTypeObject* ndarray_type() {
   return type;
 }
 
-std::string supported_dtypes() {
-  std::string names;
-  for (const DTypeInfo& dtype : DTypeTable<DTypes>::rows)
-    names += (names.empty() ? "" : ", ") + std::string(dtype.name);
-  return names;
-}
+bool is_supported(DType dtype, Holds holds) { return holds == Holds::numbers || info(dtype).compute == dtype; }
 
-[[noreturn]] void unsupported_dtype(const std::string& name) {
-  throw ArgumentError(Kind::type, "dtype " + name + " is not supported; supported are " + supported_dtypes());
+[[noreturn]] void unsupported_dtype(const std::string& name, Holds holds) {
+  std::string supported = holds == Holds::remainders ? kRemainderInfo.name : "";
+  for (std::size_t k = 0; k < DTypes::size && holds != Holds::remainders; ++k) {
+    const auto dtype = static_cast<DType>(k);
+    if (is_supported(dtype, holds)) supported += (supported.empty() ? "" : ", ") + std::string(info(dtype).name);
+  }
+  throw ArgumentError(Kind::type, "dtype " + name + " is not supported; supported are " + supported);
 }
 
 std::string type_name(py::handle object) { return py::str(py::type::handle_of(object).attr("__name__")); }
@@ -61,20 +67,51 @@ void count_elements(ArrayView& view) {
   for (const std::ptrdiff_t length : view.shape) view.count *= static_cast<std::size_t>(length);
 }
 
-ArrayView view_numpy(py::handle object) {
+// The number that NumPy gave to ml_dtypes' bfloat16 when that was imported.
+bool is_bfloat16(const py::detail::PyArrayDescr_Proxy& descr) {
+  static std::atomic<int> known{-1};
+  const int number = descr.type_num;
+  if (number < kNumpyUserTypes) return false;
+  if (number == known.load(std::memory_order_relaxed)) return true;
+  // As in is_masked(): nothing that runs code of others.
+  const auto name = py::reinterpret_steal<py::object>(PyUnicode_FromString("ml_dtypes"));
+  const auto module = py::reinterpret_steal<py::object>(PyImport_GetModule(name.ptr()));
+  const auto type =
+      module ? py::reinterpret_steal<py::object>(PyObject_GetAttrString(module.ptr(), "bfloat16")) : py::object();
+  if (!type) PyErr_Clear();
+  if (!type || descr.typeobj != type.ptr()) return false;
+  known.store(number, std::memory_order_relaxed);
+  return true;
+}
+
+DType numpy_dtype_of(py::handle given, Holds holds) {
+  const auto& descr = *py::detail::array_descriptor_proxy(given.ptr());
+  std::optional<DType> dtype;
+  switch (descr.type_num) {
+    case py::detail::npy_api::NPY_USHORT_:
+      if (holds == Holds::remainders) return DType::uint16;
+      break;
+    case py::detail::npy_api::NPY_FLOAT_:
+      dtype = DType::float32;
+      break;
+    case py::detail::npy_api::NPY_DOUBLE_:
+      dtype = DType::float64;
+      break;
+    case kNumpyHalf:
+      dtype = DType::float16;
+      break;
+    default:
+      if (is_bfloat16(descr)) dtype = DType::bfloat16;
+  }
+  if (!dtype || holds == Holds::remainders || !is_supported(*dtype, holds)) unsupported_dtype(py::str(given), holds);
+  return *dtype;
+}
+
+ArrayView view_numpy(py::handle object, Holds holds) {
   const auto* array = py::detail::array_proxy(object.ptr());
   const auto* descr = py::detail::array_descriptor_proxy(array->descr);
   ArrayView view;
-  switch (descr->type_num) {
-    case py::detail::npy_api::NPY_FLOAT_:
-      view.dtype = DType::float32;
-      break;
-    case py::detail::npy_api::NPY_DOUBLE_:
-      view.dtype = DType::float64;
-      break;
-    default:
-      unsupported_dtype(py::str(py::handle(array->descr)));
-  }
+  view.dtype = numpy_dtype_of(array->descr, holds);
   constexpr char foreign = std::endian::native == std::endian::little ? '>' : '<';
   if (descr->byteorder == foreign) {
     throw ArgumentError(Kind::type, "dtype " + std::string(py::str(py::handle(array->descr).attr("str"))) +
@@ -136,7 +173,20 @@ void require_plain_memory(py::handle object) {
   }
 }
 
-ArrayView view_dlpack(py::handle object, Keeper& keeper) {
+std::optional<DType> dlpack_dtype(const dlpack::DataType& type, Holds holds) {
+  if (type.lanes != 1) return std::nullopt;
+  if (holds == Holds::remainders) {
+    return type.code == dlpack::kUInt && type.bits == 16 ? std::optional(DType::uint16) : std::nullopt;
+  }
+  std::optional<DType> dtype;
+  if (type.code == dlpack::kBfloat && type.bits == 16) dtype = DType::bfloat16;
+  if (type.code == dlpack::kFloat && type.bits == 16) dtype = DType::float16;
+  if (type.code == dlpack::kFloat && type.bits == 32) dtype = DType::float32;
+  if (type.code == dlpack::kFloat && type.bits == 64) dtype = DType::float64;
+  return dtype && is_supported(*dtype, holds) ? dtype : std::nullopt;
+}
+
+ArrayView view_dlpack(py::handle object, Keeper& keeper, Holds holds) {
   // Asked first: an export from a device would synchronize it.
   if (py::hasattr(object, "__dlpack_device__")) require_host(device_type(object));
   require_plain_memory(object);
@@ -166,14 +216,13 @@ ArrayView view_dlpack(py::handle object, Keeper& keeper) {
   require_host(tensor->device.type);
   if (tensor->ndim < 0) throw ArgumentError(Kind::value, "exports a DLPack tensor of negative dimensions");
   const dlpack::DataType type = tensor->dtype;
-  if (type.code == dlpack::kFloat && type.lanes == 1 && type.bits == 32) {
-    view.dtype = DType::float32;
-  } else if (type.code == dlpack::kFloat && type.lanes == 1 && type.bits == 64) {
-    view.dtype = DType::float64;
+  if (const auto dtype = dlpack_dtype(type, holds)) {
+    view.dtype = *dtype;
   } else {
     unsupported_dtype(py::hasattr(object, "dtype")
                           ? std::string(py::str(object.attr("dtype")))
-                          : "(DLPack code " + std::to_string(type.code) + ", " + std::to_string(type.bits) + " bits)");
+                          : "(DLPack code " + std::to_string(type.code) + ", " + std::to_string(type.bits) + " bits)",
+                      holds);
   }
   const auto ndim = static_cast<std::size_t>(tensor->ndim);
   std::vector<std::ptrdiff_t>& numbers = keeper.numbers();
@@ -220,17 +269,22 @@ void Keeper::clear() {
 
 bool is_numpy_array(py::handle object) { return PyObject_TypeCheck(object.ptr(), ndarray_type()) != 0; }
 
-ArrayView view_numpy_array(py::handle object) {
+py::dtype numpy_dtype(DType dtype) {
+  if (dtype != DType::bfloat16) return py::dtype(info(dtype).name);
+  return py::dtype::from_args(py::module_::import("ml_dtypes").attr("bfloat16"));
+}
+
+ArrayView view_numpy_array(py::handle object, Holds holds) {
   if (Py_TYPE(object.ptr()) != ndarray_type() && is_masked(object)) {
     throw ArgumentError(Kind::type, "is a masked array, whose mask would be ignored; pass its .data");
   }
-  ArrayView view = view_numpy(object);
+  ArrayView view = view_numpy(object, holds);
   count_elements(view);
   return view;
 }
 
-ArrayView view_array(py::handle object, Keeper& keeper) {
-  if (is_numpy_array(object)) return view_numpy_array(object);
+ArrayView view_array(py::handle object, Keeper& keeper, Holds holds) {
+  if (is_numpy_array(object)) return view_numpy_array(object, holds);
   if (py::hasattr(object, "__cuda_array_interface__")) {
     throw ArgumentError(Kind::type, kOnCuda);
   }
@@ -239,7 +293,7 @@ ArrayView view_array(py::handle object, Keeper& keeper) {
     throw ArgumentError(Kind::type, "expected a NumPy array or an object with __dlpack__, got " + type_name(object) +
                                         (scalar ? ", which is a NumPy scalar and no array" : ""));
   }
-  ArrayView view = view_dlpack(object, keeper);
+  ArrayView view = view_dlpack(object, keeper, holds);
   count_elements(view);
   return view;
 }

@@ -68,9 +68,16 @@ class Keeper {
 // what it likes, to arrays that were read before it too: so those come first.
 bool is_numpy_array(py::handle object);
 
+// What an array may hold: numbers of a storage dtype, those of a compute type alone, or the low halves of split numbers
+// (uint16).
+enum class Holds : std::uint8_t { numbers, computed, remainders };
+
 // Throws ArgumentError for anything but a host array of a supported dtype.
-ArrayView view_array(py::handle object, Keeper& keeper);
-ArrayView view_numpy_array(py::handle object);  // of what is known to be a NumPy array
+ArrayView view_array(py::handle object, Keeper& keeper, Holds holds = Holds::numbers);
+ArrayView view_numpy_array(py::handle object, Holds holds = Holds::numbers);  // of what is known to be a NumPy array
+
+// NumPy's word for a dtype. bfloat16 is that of the package ml_dtypes.
+py::dtype numpy_dtype(DType dtype);
 
 // Throws ArgumentError unless the array can be written in place: writable and dense in memory.
 void require_updatable(const ArrayView& view);

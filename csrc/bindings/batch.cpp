@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 
 #include "bindings/gil.h"
 #include "core/layout.h"
@@ -22,19 +23,19 @@ decltype(auto) named(const Naming& naming, std::size_t index, std::size_t stream
   }
 }
 
-bool fits(double value, DType dtype) {
-  return std::isfinite(value) && (dtype == DType::float64 || std::abs(value) <= std::numeric_limits<float>::max());
+bool fits(double value, DType compute) {
+  return std::isfinite(value) && (compute == DType::float64 || std::abs(value) <= std::numeric_limits<float>::max());
 }
 
 // A coefficient that is finite in float64 and not in the compute type would spread NaN without a word.
-void require_finite(const Kernel& kernel, Setting& setting, DType dtype) {
-  bool& checked = setting.checked[static_cast<std::size_t>(dtype)];
+void require_finite(const Kernel& kernel, Setting& setting, DType compute) {
+  bool& checked = setting.checked[static_cast<std::size_t>(compute)];
   if (checked) return;
   const auto require = [&](const char* what, double value) {
-    if (!fits(value, dtype)) {
+    if (!fits(value, compute)) {
       throw ArgumentError(Kind::value, "the coefficient '" + std::string(what) + "' of " + kernel.rule + " would be " +
                                            std::string(py::str(py::float_(value))) + ", which is not finite in " +
-                                           info(dtype).name + "; lr or another hyper-parameter is out of range");
+                                           info(compute).name + "; lr or another hyper-parameter is out of range");
     }
   };
   for (std::size_t k = 0; k < kernel.coefficients.count; ++k) {
@@ -44,21 +45,87 @@ void require_finite(const Kernel& kernel, Setting& setting, DType dtype) {
   require("l1", setting.around.l1);
   require("l2", setting.around.l2);
   require("decay", setting.around.decay);
+  require("clip_value", setting.around.clip_value);
+  require("noise", setting.around.noise);
   checked = true;
 }
 
-void require_match(const ArrayView& view, const ArrayView& param) {
-  bool same_shape = view.shape.size() == param.shape.size();
-  for (std::size_t a = 0; same_shape && a < param.shape.size(); ++a) same_shape = view.shape[a] == param.shape[a];
-  if (!same_shape) {
+void require_shape(const ArrayView& view, const ArrayView& param) {
+  if (!std::ranges::equal(view.shape, param.shape)) {
     throw ArgumentError(
         Kind::value, "shape " + shape_text(view.shape) + " does not match its parameter's " + shape_text(param.shape));
   }
-  if (view.dtype != param.dtype) {
-    throw ArgumentError(Kind::type, std::string("dtype ") + info(view.dtype).name + " does not match its parameter's " +
-                                        info(param.dtype).name);
-  }
 }
+
+void require_dtype(const ArrayView& view, DType dtype, const char* why) {
+  if (view.dtype == dtype) return;
+  throw ArgumentError(Kind::type,
+                      std::string("dtype ") + info(view.dtype).name + ", expected " + info(dtype).name + ", " + why);
+}
+
+std::string storage_text() {
+  std::string text = "parameter, gradient and states can be stored as";
+  for (const StorageInfo& row : kStorages) {
+    text += std::string("\n    ") + info(row.param).name + ", " + info(row.grad).name + ", " + info(row.state).name;
+  }
+  return text;
+}
+
+// The first row of the table for these dtypes, of which the gradient's and the states' may be open.
+std::optional<std::size_t> storage_of(DType param, std::optional<DType> grad, std::optional<DType> state) {
+  for (std::size_t k = 0; k < Storages::size; ++k) {
+    const StorageInfo& row = kStorages[k];
+    if (row.param == param && row.grad == grad.value_or(row.grad) && row.state == state.value_or(row.state)) return k;
+  }
+  return std::nullopt;
+}
+
+// How the units of a parameter lie in memory: see Units.
+Units read_units(const ArrayView& param, const Setting& setting) {
+  const auto ndim = static_cast<std::int64_t>(param.shape.size());
+  std::vector<bool> inside(param.shape.size());  // axes along which a unit's weights lie
+  for (const std::int64_t axis : setting.axes) {
+    if (axis < -ndim || axis >= ndim) {
+      throw ArgumentError(Kind::value, "max_unit_norm needs axis " + std::to_string(axis) + ", and its shape is " +
+                                           shape_text(param.shape));
+    }
+    const auto a = static_cast<std::size_t>(axis < 0 ? axis + ndim : axis);
+    if (inside[a]) {
+      throw ArgumentError(Kind::value, "max_unit_norm names axis " + std::to_string(axis) + " twice, for its shape " +
+                                           shape_text(param.shape));
+    }
+    inside[a] = true;
+  }
+  std::vector<std::size_t> axes;  // from the slowest in memory
+  for (std::size_t a = 0; a < param.shape.size(); ++a) {
+    if (param.shape[a] > 1) axes.push_back(a);
+  }
+  std::ranges::stable_sort(axes, std::ranges::greater{}, [&](std::size_t a) { return param.strides[a]; });
+  Units units;
+  units.limit = setting.unit_limit;
+  if (param.count == 0) return units;
+  // The four parts of Units from the innermost: run (inside), units, depth (inside), outer.
+  std::size_t* const parts[] = {&units.run, &units.units, &units.depth, &units.outer};
+  std::size_t part = 0;
+  for (std::size_t k = axes.size(); k-- > 0;) {
+    const bool is_inside = inside[axes[k]];
+    while (part < 4 && (part % 2 == 0) != is_inside) ++part;
+    if (part == 4) {
+      throw ArgumentError(Kind::value,
+                          "max_unit_norm: the weights of a unit are scattered over its memory in more than "
+                          "two ways (shape " +
+                              shape_text(param.shape) + ", strides " + shape_text(param.strides) + ")");
+    }
+    *parts[part] *= static_cast<std::size_t>(param.shape[axes[k]]);
+  }
+  return units;
+}
+
+}  // namespace
+
+namespace {
+
+Holds holds(std::size_t stream) { return stream == kRemainder ? Holds::remainders : Holds::numbers; }
 
 }  // namespace
 
@@ -67,14 +134,14 @@ void Batch::clear() {
   tensors_.clear();
   foreign_.clear();
   walks_.clear();
+  units_.clear();
   written_.clear();
   grads_.clear();
   keeper_.clear();
 }
 
-void Batch::add(const Kernel& kernel, py::handle param, py::handle grad, const py::object* slots, Setting* setting,
-                std::size_t index) {
-  entries_.push_back({&kernel, param, grad, slots, setting, index});
+void Batch::add(const Kernel& kernel, const Arrays& arrays, Setting* setting, std::size_t index) {
+  entries_.push_back({&kernel, arrays, setting, index});
 }
 
 void Batch::validate(const Naming& naming) {
@@ -84,21 +151,20 @@ void Batch::validate(const Naming& naming) {
 }
 
 void Batch::export_foreign(const Naming& naming) {
-  const auto export_one = [&](py::handle object, const Entry& entry, std::size_t stream) {
-    if (!object || is_numpy_array(object) || foreign_.contains(object.ptr())) return;
-    named(naming, entry.index, stream, [&] { foreign_.emplace(object.ptr(), view_array(object, keeper_)); });
-  };
   for (const Entry& entry : entries_) {
-    export_one(entry.param, entry, kParam);
-    export_one(entry.grad, entry, kGrad);
-    for (std::size_t k = 0; k < entry.kernel->slots.count; ++k) export_one(entry.slots[k], entry, kFirstSlot + k);
+    for (std::size_t stream = 0; stream < kStreams; ++stream) {
+      const py::handle object = entry.arrays.stream[stream];
+      if (!object || is_numpy_array(object) || foreign_.contains(object.ptr())) continue;
+      named(naming, entry.index, stream,
+            [&] { foreign_.emplace(object.ptr(), view_array(object, keeper_, holds(stream))); });
+    }
   }
 }
 
-ArrayView Batch::view(py::handle object) {
-  if (foreign_.empty()) return view_numpy_array(object);
+ArrayView Batch::view(py::handle object, std::size_t stream) {
+  if (foreign_.empty()) return view_numpy_array(object, holds(stream));
   const auto found = foreign_.find(object.ptr());
-  return found != foreign_.end() ? found->second : view_numpy_array(object);
+  return found != foreign_.end() ? found->second : view_numpy_array(object, holds(stream));
 }
 
 void Batch::note(std::vector<Interval>& intervals, const ArrayView& view, std::uint32_t tensor, std::size_t stream) {
@@ -112,49 +178,100 @@ void Batch::read(const Entry& entry, const Naming& naming) {
   const Kernel& kernel = *entry.kernel;
   const std::size_t index = entry.index;
   const ArrayView p = named(naming, index, kParam, [&] {
-    const ArrayView view = this->view(entry.param);
+    const ArrayView view = this->view(entry.arrays.stream[kParam], kParam);
     require_updatable(view);
-    if (entry.setting != nullptr) require_finite(kernel, *entry.setting, view.dtype);
     return view;
   });
   const auto position = static_cast<std::uint32_t>(tensors_.size());
+  const bool is_split = static_cast<bool>(entry.arrays.stream[kRemainder]);
   Walk* walk = nullptr;
-  const auto walk_if_needed = [&](const ArrayView& view, std::size_t stream) {
-    if (same_order(p.shape, p.strides, view.strides)) return;
-    if (walk == nullptr) walk = &walks_.emplace_back();
-    walk->axes[stream - kGrad] = walk_axes(p.shape, p.strides, view.strides);
-    walk->gather[stream - kGrad] = true;
-  };
-
   Tensor tensor;
   tensor.kernel = &kernel;
-  tensor.dtype = p.dtype;
   tensor.count = p.count;
-  tensor.streams.param = p.data;
-  note(written_, p, position, kParam);
+  const auto enter = [&](const ArrayView& view, std::size_t stream, bool written) {
+    tensor.streams.data[stream] = view.data;
+    tensor.dtypes[stream] = view.dtype;
+    note(written ? written_ : grads_, view, position, stream);
+    if (same_order(p.shape, p.strides, view.strides)) return;
+    if (walk == nullptr) walk = &walks_.emplace_back();
+    walk->axes[stream] = walk_axes(p.shape, p.strides, view.strides);
+    walk->gather[stream] = true;
+  };
+  enter(p, kParam, true);
+
+  std::optional<DType> state;
   for (std::size_t k = 0; k < kernel.slots.count; ++k) {
     named(naming, index, kFirstSlot + k, [&] {
-      const ArrayView slot = view(entry.slots[k]);
+      const ArrayView slot = view(entry.arrays.stream[kFirstSlot + k], kFirstSlot + k);
       require_updatable(slot);
-      require_match(slot, p);
-      tensor.streams.slots[k] = slot.data;
-      walk_if_needed(slot, kFirstSlot + k);
-      note(written_, slot, position, kFirstSlot + k);
+      require_shape(slot, p);
+      if (!storage_of(p.dtype, std::nullopt, slot.dtype)) {
+        throw ArgumentError(Kind::type, std::string("dtype ") + info(slot.dtype).name +
+                                            " does not match its parameter's " + info(p.dtype).name + "; " +
+                                            storage_text());
+      }
+      if (state) require_dtype(slot, *state, "the dtype of the other states");
+      state = slot.dtype;
+      enter(slot, kFirstSlot + k, true);
     });
   }
-  if (entry.grad) {
+  const auto read_other = [&](std::size_t stream, auto judge) {
+    if (!entry.arrays.stream[stream]) return;
+    named(naming, index, stream, [&] {
+      const ArrayView array = view(entry.arrays.stream[stream], stream);
+      require_updatable(array);
+      require_shape(array, p);
+      judge(array);
+      enter(array, stream, true);
+    });
+  };
+  read_other(kRemainder, [&](const ArrayView&) {
+    if (p.dtype != DType::bfloat16) {
+      throw ArgumentError(
+          Kind::type, std::string("a split master needs a parameter of bfloat16, and its is ") + info(p.dtype).name);
+    }
+  });
+  read_other(kEma, [&](const ArrayView& array) {
+    if (is_split) return require_dtype(array, DType::float32, "the dtype of the split master");
+    require_dtype(array, p.dtype, "the dtype of its parameter");
+  });
+  read_other(kMirror, [&](const ArrayView& array) {
+    if (array.dtype == DType::bfloat16 || array.dtype == DType::float16) return;
+    throw ArgumentError(Kind::type, std::string("dtype ") + info(array.dtype).name + ", expected bfloat16 or float16");
+  });
+  read_other(kAccumulator, [&](const ArrayView& array) {
+    require_dtype(array, info(p.dtype).compute, "in which gradients are summed");
+  });
+
+  std::optional<DType> grad;
+  if (entry.arrays.stream[kGrad]) {
     named(naming, index, kGrad, [&] {
-      const ArrayView g = view(entry.grad);
-      require_match(g, p);
-      tensor.streams.grad = g.data;
-      walk_if_needed(g, kGrad);
-      note(grads_, g, position, kGrad);
+      const ArrayView g = view(entry.arrays.stream[kGrad], kGrad);
+      require_shape(g, p);
+      grad = g.dtype;
+      if (!storage_of(p.dtype, grad, state)) {
+        throw ArgumentError(Kind::type, std::string("dtype ") + info(g.dtype).name +
+                                            " does not match its parameter's " + info(p.dtype).name +
+                                            (state ? std::string(" and its states' ") + info(*state).name : "") + "; " +
+                                            storage_text());
+      }
+      if (zero_grads && (!g.writable || g.copied)) {
+        throw ArgumentError(Kind::value, "is read-only and cannot be zeroed");
+      }
+      enter(g, kGrad, zero_grads);
     });
   }
+  tensor.storage = storage_of(p.dtype, grad, state).value_or(0);  // there is one: it was looked up above
   if (entry.setting != nullptr) {
-    tensor.coefficients = entry.setting->coefficients;
-    tensor.around = &entry.setting->around;
+    named(naming, index, kParam, [&] {
+      require_finite(kernel, *entry.setting, info(p.dtype).compute);
+      tensor.coefficients = entry.setting->coefficients;
+      tensor.around = &entry.setting->around;
+      tensor.key = {seed, static_cast<std::uint32_t>(index), entry.setting->t, 0};
+      if (entry.setting->unit_limit > 0.0) tensor.units = &units_.emplace_back(read_units(p, *entry.setting));
+    });
   }
+  tensor.stochastic = stochastic;
   tensor.walk = walk;
   tensors_.push_back(tensor);
 }
@@ -170,12 +287,12 @@ void Batch::compare_gradient(const Interval& grad, const Naming& naming, bool& j
   const Interval* written = first_written_in(grad.range);
   if (written == nullptr) return;
   const Tensor& tensor = tensors_[grad.tensor];
-  if (tensor.walk != nullptr && tensor.walk->gather[0]) {
+  if (tensor.walk != nullptr && tensor.walk->gather[kGrad]) {
     // A strided gradient may lie around what is written without touching it: compare runs, and within them elements.
     judged_by_element = true;
     written = nullptr;
-    const std::size_t itemsize = info(tensor.dtype).itemsize;
-    const auto base = reinterpret_cast<std::uintptr_t>(tensor.streams.grad);
+    const std::size_t itemsize = info(tensor.dtypes[kGrad]).itemsize;
+    const auto base = reinterpret_cast<std::uintptr_t>(tensor.streams.data[kGrad]);
     const auto visit = [&](std::ptrdiff_t offset, std::size_t run, std::ptrdiff_t stride) {
       const std::uintptr_t first = base + static_cast<std::uintptr_t>(offset);
       const std::uintptr_t last = first + static_cast<std::uintptr_t>(static_cast<std::ptrdiff_t>(run - 1) * stride);
@@ -186,7 +303,7 @@ void Batch::compare_gradient(const Interval& grad, const Naming& naming, bool& j
         written = first_written_in({at, at + itemsize});
       }
     };
-    for_each_run(tensor.walk->axes[0], 0, tensor.count, visit);
+    for_each_run(tensor.walk->axes[kGrad], 0, tensor.count, visit);
     if (written == nullptr) return;
   }
   throw py::value_error(name(grad, naming) + ": overlaps " + name(*written, naming) +
@@ -234,12 +351,51 @@ void Batch::sort_written(const Naming& naming) {
   }
 }
 
-Isa Batch::run() const {
+namespace {
+
+// Calls action(threads), without the interpreter lock where the work is worth it.
+template <class Action>
+auto with_threads(std::span<const Tensor> tensors, Action action) {
   std::size_t bytes = 0;
-  for (const Tensor& tensor : tensors_) bytes += traffic(tensor);
-  if (bytes < kReleaseBytes && bytes < serial_bytes()) return update(tensors_, 1);
+  for (const Tensor& tensor : tensors) bytes += traffic(tensor);
+  if (bytes < kReleaseBytes && bytes < serial_bytes()) return action(std::size_t{1});
   const std::size_t threads = thread_count();
-  return without_interpreter_lock([&] { return update(tensors_, threads); });
+  return without_interpreter_lock([&] { return action(threads); });
+}
+
+}  // namespace
+
+Isa Batch::run() const {
+  return with_threads(tensors_, [&](std::size_t threads) { return update(tensors_, threads); });
+}
+
+void Batch::measure(std::vector<Squares>& sums) const {
+  sums.resize(tensors_.size());
+  with_threads(tensors_, [&](std::size_t threads) {
+    onepass::measure(tensors_, threads, sums);
+    return true;
+  });
+}
+
+void Batch::accumulate() const {
+  with_threads(tensors_, [&](std::size_t threads) {
+    onepass::accumulate(tensors_, threads);
+    return true;
+  });
+}
+
+void Batch::zero_gradients() const {
+  with_threads(tensors_, [&](std::size_t threads) {
+    onepass::zero_gradients(tensors_, threads);
+    return true;
+  });
+}
+
+void Batch::exchange() const {
+  with_threads(tensors_, [&](std::size_t threads) {
+    onepass::exchange(tensors_, threads);
+    return true;
+  });
 }
 
 }  // namespace onepass

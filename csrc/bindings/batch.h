@@ -11,9 +11,6 @@
 
 namespace onepass {
 
-// The streams of a tensor, as numbers: the parameter, its gradient, then its slots.
-enum Stream : std::size_t { kParam = 0, kGrad = 1, kFirstSlot = 2 };
-
 // What arguments are called in messages. Asked only when something is wrong.
 class Naming {
  public:
@@ -30,30 +27,48 @@ class Naming {
 struct Setting {
   double coefficients[kMaxCoefficients];
   Around around;
-  bool checked[DTypes::size];
+  std::uint64_t t;
+  double unit_limit;               // 0: none
+  std::vector<std::int64_t> axes;  // along which a unit's weights lie
+  bool checked[ComputeTypes::size];
+};
+
+// The objects of one tensor, which the caller keeps alive; null for streams that it does not have.
+struct Arrays {
+  py::handle stream[kStreams];
 };
 
 class Batch {
  public:
   void clear();
 
-  // Takes note of a tensor, whose objects the caller keeps alive; `index` is what Naming is asked with. A null `grad`
-  // or `setting` validates the rest alone.
-  void add(const Kernel& kernel, py::handle param, py::handle grad, const py::object* slots, Setting* setting,
-           std::size_t index);
+  // Takes note of a tensor; `index` is what Naming is asked with, and what random numbers depend on. Without a
+  // gradient or a setting the rest is validated alone.
+  void add(const Kernel& kernel, const Arrays& arrays, Setting* setting, std::size_t index);
+
+  // How tensors are stored, and gradients are left, in this step.
+  std::uint64_t seed = 0;
+  bool stochastic = false;
+  bool zero_grads = false;
 
   // Reads all arrays and judges them: each for itself, against its parameter, and that no array that is written shares
   // memory with another one. Throws before anything is written.
   void validate(const Naming& naming);
 
-  // Releases the interpreter lock while it runs.
+  std::vector<Tensor>& tensors() { return tensors_; }  // as validated, in the order in which they were added
+  std::size_t index(std::size_t tensor) const { return entries_[tensor].index; }
+
+  // The passes over the tensors (update.h). They release the interpreter lock while they run.
   Isa run() const;
+  void measure(std::vector<Squares>& sums) const;
+  void accumulate() const;
+  void zero_gradients() const;
+  void exchange() const;
 
  private:
   struct Entry {
     const Kernel* kernel;
-    py::handle param, grad;
-    const py::object* slots;
+    Arrays arrays;
     Setting* setting;
     std::size_t index;
   };
@@ -68,7 +83,7 @@ class Batch {
     return naming.name(entries_[interval.tensor].index, interval.stream);
   }
   void export_foreign(const Naming& naming);
-  ArrayView view(py::handle object);
+  ArrayView view(py::handle object, std::size_t stream);
   static void note(std::vector<Interval>& intervals, const ArrayView& view, std::uint32_t tensor, std::size_t stream);
   void read(const Entry& entry, const Naming& naming);
   void require_disjoint(const Naming& naming);
@@ -80,6 +95,7 @@ class Batch {
   std::vector<Tensor> tensors_;  // of the entries, in their order
   std::unordered_map<PyObject*, ArrayView> foreign_;
   std::deque<Walk> walks_;
+  std::deque<Units> units_;
   Keeper keeper_;
 
   // Every step reads all addresses anew, and compares them with those of the last step that passed: what has not moved

@@ -46,7 +46,7 @@ class Arguments {
     for (const bool foreign : {true, false}) {
       for (Entry& entry : entries_) {
         if (is_numpy_array(entry.object) == foreign) continue;
-        named(entry.name, [&] { entry.view = view_array(entry.object, keeper_); });
+        named(entry.name, [&] { entry.view = view_array(entry.object, keeper_, Holds::computed); });
       }
     }
     for (const Entry& entry : entries_) {

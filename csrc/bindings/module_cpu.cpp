@@ -8,12 +8,15 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "bindings/batch.h"
 #include "bindings/batchnorm.h"
+#include "bindings/step.h"
 #include "core/partition.h"
 #include "cpu/cache.h"
 #include "cpu/dispatch.h"
@@ -67,10 +70,16 @@ struct BoundKernel {
   std::vector<py::object> keys;
 };
 
-// `coefficients`: dict of the rule's coefficients by name, all of them and no other.
-Setting read_setting(const BoundKernel& bound, py::handle coefficients, py::handle scale, py::handle l1, py::handle l2,
-                     py::handle decay) {
+// `recipe`: (coefficients, sign, l1, l2, decay, ema_decay, noise, max_unit_norm) for the t-th step, as
+// Optimizer.surround() gives it. `coefficients` is a dict of the rule's coefficients by name, all of them and no other.
+Setting read_setting(const BoundKernel& bound, py::handle recipe, std::int64_t t) {
   const Kernel& kernel = *bound.kernel;
+  constexpr py::ssize_t fields = 8;
+  if (PyTuple_Check(recipe.ptr()) == 0 || PyTuple_GET_SIZE(recipe.ptr()) != fields) {
+    throw py::type_error("recipe: expected (coefficients, sign, l1, l2, decay, ema_decay, noise, max_unit_norm)");
+  }
+  const auto item = [&](py::ssize_t k) { return py::handle(PyTuple_GET_ITEM(recipe.ptr(), k)); };
+  const py::handle coefficients = item(0);
   Setting setting{};
   if (PyDict_Check(coefficients.ptr()) == 0) throw py::type_error("coefficients: expected a dict");
   for (std::size_t k = 0; k < kernel.coefficients.count; ++k) {
@@ -92,7 +101,20 @@ Setting read_setting(const BoundKernel& bound, py::handle coefficients, py::hand
     throw py::key_error(std::string(kernel.rule) + " takes the coefficients " +
                         std::string(py::str(py::cast(text(kernel.coefficients)))) + " and no other");
   }
-  setting.around = {number(scale, "scale"), number(l1, "l1"), number(l2, "l2"), number(decay, "decay")};
+  Around& around = setting.around;
+  around.sign = number(item(1), "sign");
+  around.l1 = number(item(2), "l1");
+  around.l2 = number(item(3), "l2");
+  around.decay = number(item(4), "decay");
+  if (!item(5).is_none()) around.ema_decay = number(item(5), "ema_decay");
+  around.noise = number(item(6), "noise");
+  around.ema_starts = t == 1;
+  setting.t = static_cast<std::uint64_t>(t);
+  if (!item(7).is_none()) {
+    const auto unit_norm = item(7).cast<std::pair<double, std::vector<std::int64_t>>>();
+    setting.unit_limit = unit_norm.first;
+    setting.axes = unit_norm.second;
+  }
   return setting;
 }
 
@@ -117,35 +139,52 @@ class Turn {
 class Updater final : public Naming {
  public:
   // `groups`: for each group its rule's name; `group_of`: for each parameter its group; `slots`: for each parameter a
-  // tuple of state arrays in the rule's order; the names are those of messages.
+  // tuple of state arrays in the rule's order; `extras`: for each parameter a tuple of its average, mirror, remainder
+  // and accumulator, None for those that it does not have; the names are those of messages.
   Updater(std::vector<std::string> groups, std::vector<std::size_t> group_of, const py::list& params,
-          const std::vector<py::tuple>& slots, std::vector<std::string> param_names,
-          std::vector<std::string> grad_names)
+          const std::vector<py::tuple>& slots, const std::vector<py::tuple>& extras,
+          std::vector<std::string> param_names, std::vector<std::string> grad_names,
+          std::vector<std::string> mirror_names, std::uint64_t seed, bool stochastic, std::int64_t accumulate)
       : rules_(std::move(groups)),
         group_of_(std::move(group_of)),
         param_names_(std::move(param_names)),
-        grad_names_(std::move(grad_names)) {
-    if (group_of_.size() != params.size() || slots.size() != params.size() || param_names_.size() != params.size() ||
-        grad_names_.size() != params.size()) {
-      throw py::value_error("params and what comes with each differ in length");
+        grad_names_(std::move(grad_names)),
+        mirror_names_(std::move(mirror_names)),
+        accumulate_(accumulate),
+        seed_(seed) {
+    for (const std::size_t size : {group_of_.size(), slots.size(), extras.size(), param_names_.size(),
+                                   grad_names_.size(), mirror_names_.size()}) {
+      if (size != params.size()) throw py::value_error("params and what comes with each differ in length");
     }
     for (std::size_t i = 0; i < params.size(); ++i) {
       if (group_of_[i] >= rules_.size()) throw py::value_error("group_of: no such group");
       if (slots[i].size() != kernel_named(rules_[group_of_[i]]).slots.count) {
         throw py::value_error("slots: wrong number of states for rule " + rules_[group_of_[i]]);
       }
-      params_.emplace_back(params[i]);
-      first_slot_.push_back(slots_.size());
-      for (const py::handle slot : slots[i]) slots_.push_back(py::reinterpret_borrow<py::object>(slot));
+      if (extras[i].size() != kStreams - kEma) throw py::value_error("extras: wrong number of arrays");
+      Owned owned;
+      owned.stream[kParam] = params[i];
+      for (std::size_t k = 0; k < slots[i].size(); ++k) owned.stream[kFirstSlot + k] = slots[i][k];
+      for (std::size_t k = 0; k < extras[i].size(); ++k) {
+        if (!extras[i][k].is_none()) owned.stream[kEma + k] = extras[i][k];
+      }
+      arrays_.push_back(std::move(owned));
     }
-    counts_ = std::vector<std::atomic<std::int64_t>>(params_.size());
+    counts_ = std::vector<std::atomic<std::int64_t>>(arrays_.size());
+    received_ = std::vector<std::int64_t>(arrays_.size());
+    batch_.stochastic = stochastic;
   }
 
   std::string name(std::size_t index, std::size_t stream) const override {
     if (stream == kParam) return param_names_[index];
     if (stream == kGrad) return grad_names_[index];
-    return "state[" + std::to_string(index) + "]['" +
-           kernel_named(rules_[group_of_[index]]).slots.data[stream - kFirstSlot] + "']";
+    if (stream == kMirror) return mirror_names_[index];
+    const char* const state = stream == kEma         ? "ema"
+                              : stream == kRemainder ? "remainder"
+                              : stream == kAccumulator
+                                  ? "accumulator"
+                                  : kernel_named(rules_[group_of_[index]]).slots.data[stream - kFirstSlot];
+    return "state[" + std::to_string(index) + "]['" + state + "']";
   }
 
   // Validates parameters, states and gradients (None, or one for each parameter) and writes nothing.
@@ -153,43 +192,91 @@ class Updater final : public Naming {
     const Turn turn(stepping_);
     const Release release(*this);
     take_gradients(grads);
-    for (std::size_t i = 0; i < params_.size(); ++i) {
+    batch_.zero_grads = false;
+    for (std::size_t i = 0; i < arrays_.size(); ++i) {
       const bool has_grad = !grads_.empty() && !grads_[i].is_none();
-      batch_.add(kernel_named(rules_[group_of_[i]]), params_[i], has_grad ? py::handle(grads_[i]) : py::handle(),
-                 slots_.data() + first_slot_[i], nullptr, i);
+      batch_.add(kernel_named(rules_[group_of_[i]]), arrays_of(i, has_grad), nullptr, i);
     }
     batch_.validate(*this);
   }
 
-  // `recipes`: for each group a callable of t that gives (coefficients, scale, l1, l2, decay) for the t-th step of a
-  // parameter of that group. Called once for each different t, before anything is written. They are passed each time,
-  // because a schedule may belong to what owns the optimizer, and this class takes no part in garbage collection.
-  void step(py::handle grads, const py::list& recipes) {
+  // `recipes`: for each group a callable of t that gives what read_setting() takes for the t-th step of a parameter of
+  // that group. Called once for each different t, before anything is written. They are passed each time, because a
+  // schedule may belong to what owns the optimizer, and this class takes no part in garbage collection.
+  void step(py::handle grads, const py::list& recipes, py::handle given_options) {
     const Turn turn(stepping_);
     const Release release(*this);
     if (grads.is_none()) throw py::type_error("grads: expected gradients, got None");
     if (recipes.size() != rules_.size()) throw py::value_error("recipes: one for each group is needed");
+    const StepOptions options = StepOptions::read(given_options);
+    const Summation summation{accumulate_, accumulated_ + 1 >= accumulate_};
     take_gradients(grads);
     refresh_kernels();
-    for (std::size_t i = 0; i < params_.size(); ++i) {
-      if (grads_[i].is_none()) continue;
-      settings_of_.push_back(setting_for(group_of_[i], counts_[i] + 1, recipes));
+    for (std::size_t i = 0; i < arrays_.size(); ++i) {
+      if (grads_[i].is_none() && (!summation.last || received_[i] == 0)) continue;
+      Setting* const setting = summation.last ? setting_for(group_of_[i], counts_[i] + 1, recipes) : sum_setting();
+      options.enter(setting->around);
+      setting->around.accumulate = static_cast<double>(accumulate_);
+      settings_of_.push_back(setting);
       stepped_.push_back(i);
     }
+    batch_.seed = seed_;
+    batch_.zero_grads = options.zero_grads;
     std::size_t k = 0;
     for (const std::size_t i : stepped_) {
-      batch_.add(*kernels_[group_of_[i]].kernel, params_[i], grads_[i], slots_.data() + first_slot_[i],
-                 settings_of_[k++], i);
+      batch_.add(*kernels_[group_of_[i]].kernel, arrays_of(i, !grads_[i].is_none()), settings_of_[k++], i);
     }
     batch_.validate(*this);
-    isa_ = batch_.run();
-    for (const std::size_t i : stepped_) counts_[i].fetch_add(1, std::memory_order_relaxed);
+    if (accumulate_ > 1) {
+      for (k = 0; k < stepped_.size(); ++k) batch_.tensors()[k].sum_starts = received_[stepped_[k]] == 0;
+    }
+    Isa isa = isa_.load(std::memory_order_relaxed);
+    const Outcome outcome = run_step(batch_, options, summation, *this, isa);
+    isa_.store(isa, std::memory_order_relaxed);
+    grad_norm_ = outcome.grad_norm;
+    if (outcome.skipped) {
+      ++skipped_;
+    } else if (summation.last) {
+      for (const std::size_t i : stepped_) counts_[i].fetch_add(1, std::memory_order_relaxed);
+      if (accumulate_ > 1) std::ranges::fill(received_, 0);
+      accumulated_ = 0;
+    } else {
+      for (const std::size_t i : stepped_) ++received_[i];
+      ++accumulated_;
+    }
+  }
+
+  // Exchanges parameters and averages; mirrors follow the parameters.
+  void swap_ema() {
+    const Turn turn(stepping_);
+    const Release release(*this);
+    refresh_kernels();
+    batch_.zero_grads = false;
+    for (std::size_t i = 0; i < arrays_.size(); ++i) {
+      if (!arrays_[i].stream[kEma]) continue;
+      batch_.add(*kernels_[group_of_[i]].kernel, arrays_of(i, false), sum_setting(), i);
+    }
+    batch_.validate(*this);
+    batch_.exchange();
   }
 
   std::vector<std::int64_t> counts() const { return {counts_.begin(), counts_.end()}; }
   void set_counts(const std::vector<std::int64_t>& counts) {
-    if (counts.size() != params_.size()) throw py::value_error("counts: one for each parameter is needed");
+    if (counts.size() != arrays_.size()) throw py::value_error("counts: one for each parameter is needed");
     std::ranges::copy(counts, counts_.begin());
+  }
+
+  std::optional<double> grad_norm() const { return grad_norm_; }
+  std::uint64_t seed() const { return seed_; }
+  void set_seed(std::uint64_t seed) { seed_ = seed; }
+  std::int64_t skipped() const { return skipped_; }
+  void set_skipped(std::int64_t skipped) { skipped_ = skipped; }
+  std::int64_t accumulated() const { return accumulated_; }
+  std::vector<std::int64_t> received() const { return received_; }
+  void set_sums(std::int64_t accumulated, std::vector<std::int64_t> received) {
+    if (received.size() != arrays_.size()) throw py::value_error("received: one for each parameter is needed");
+    accumulated_ = accumulated;
+    received_ = std::move(received);
   }
 
   // Between the two no step begins: for Python code that reads or writes counts and states as a whole.
@@ -201,6 +288,10 @@ class Updater final : public Naming {
   const char* last_isa() const { return isa_name(isa_); }
 
  private:
+  struct Owned {
+    py::object stream[kStreams];
+  };
+
   struct Cohort {
     std::size_t group;
     std::int64_t t;
@@ -223,6 +314,19 @@ class Updater final : public Naming {
     Release& operator=(const Release&) = delete;
   };
 
+  Arrays arrays_of(std::size_t index, bool has_grad) const {
+    Arrays arrays;
+    for (std::size_t stream = 0; stream < kStreams; ++stream) arrays.stream[stream] = arrays_[index].stream[stream];
+    if (has_grad) arrays.stream[kGrad] = grads_[index];
+    return arrays;
+  }
+
+  // Of calls that update nothing.
+  Setting* sum_setting() {
+    sum_setting_ = Setting{};
+    return &sum_setting_;
+  }
+
   void take_gradients(py::handle grads) {
     grads_.clear();
     if (grads.is_none()) return;
@@ -230,8 +334,8 @@ class Updater final : public Naming {
     const auto sequence = py::reinterpret_steal<py::object>(PySequence_Tuple(grads.ptr()));
     if (!sequence) throw py::error_already_set();
     const auto count = static_cast<std::size_t>(PyTuple_GET_SIZE(sequence.ptr()));
-    if (count != params_.size()) {
-      throw py::value_error("grads: " + std::to_string(count) + " given for " + std::to_string(params_.size()) +
+    if (count != arrays_.size()) {
+      throw py::value_error("grads: " + std::to_string(count) + " given for " + std::to_string(arrays_.size()) +
                             " parameters");
     }
     for (std::size_t i = 0; i < count; ++i) {
@@ -259,11 +363,7 @@ class Updater final : public Naming {
     const auto count = py::reinterpret_steal<py::object>(PyLong_FromLongLong(t));
     const auto result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(recipe.ptr(), count.ptr()));
     if (!result) throw py::error_already_set();
-    if (PyTuple_Check(result.ptr()) == 0 || PyTuple_GET_SIZE(result.ptr()) != 5) {
-      throw py::type_error("recipe: expected (coefficients, scale, l1, l2, decay)");
-    }
-    const auto item = [&](int k) { return py::handle(PyTuple_GET_ITEM(result.ptr(), k)); };
-    const Setting setting = read_setting(kernels_[group], item(0), item(1), item(2), item(3), item(4));
+    const Setting setting = read_setting(kernels_[group], result, t);
     if (!cohorts_.empty()) cohort_index_[{cohorts_.back().group, cohorts_.back().t}] = &cohorts_.back();
     cohorts_.push_back({group, t, setting});
     return &cohorts_.back().setting;
@@ -271,11 +371,17 @@ class Updater final : public Naming {
 
   std::vector<std::string> rules_;
   std::vector<std::size_t> group_of_;
-  std::vector<std::string> param_names_, grad_names_;
-  std::vector<py::object> params_;
-  std::vector<py::object> slots_;
-  std::vector<std::size_t> first_slot_;
+  std::vector<std::string> param_names_, grad_names_, mirror_names_;
+  std::vector<Owned> arrays_;
   std::vector<std::atomic<std::int64_t>> counts_;
+
+  std::int64_t accumulate_;                   // calls in a sum of gradients
+  std::atomic<std::int64_t> accumulated_{0};  // calls in the sum that is under way
+  std::vector<std::int64_t> received_;        // gradients of each parameter in it
+  std::atomic<std::uint64_t> seed_;
+  std::atomic<std::int64_t> skipped_{0};
+  std::optional<double> grad_norm_;  // of the last step
+  Setting sum_setting_{};
 
   const KernelTable* table_ = nullptr;
   std::vector<BoundKernel> kernels_;
@@ -305,35 +411,64 @@ class OwnedArrays final : public Naming {
   bool single_;
 };
 
-void update_owned(const std::string& rule, const std::vector<py::object>& params, const std::vector<py::object>& grads,
-                  const std::vector<std::vector<py::object>>& slots, const py::dict& coefficients, double scale,
-                  double l1, double l2, double decay, const std::vector<std::string>& names, bool single) {
+// `streams`: for each stream but the gradients' the list of its arrays, or None; `recipe` as in read_setting();
+// `summation`: (calls in a sum of gradients, which of them this is). Returns (gradient norm or None, skipped).
+py::tuple update_owned(const std::string& rule, const std::vector<py::object>& grads, const py::list& streams,
+                       const py::tuple& recipe, std::int64_t t, const py::object& given_options, std::uint64_t seed,
+                       bool stochastic, std::pair<std::int64_t, std::int64_t> summation,
+                       const std::vector<std::string>& names, bool single) {
   const Kernel& kernel = kernel_named(rule);
-  if (slots.size() != kernel.slots.count || names.size() != kFirstSlot + slots.size()) {
-    throw py::value_error("rule " + rule + " has " + std::to_string(kernel.slots.count) + " slots");
+  if (streams.size() != kStreams || names.size() != kStreams) throw py::value_error("streams: wrong number of lists");
+  std::vector<std::vector<py::object>> arrays(kStreams);
+  for (std::size_t stream = 0; stream < kStreams; ++stream) {
+    if (!streams[stream].is_none()) arrays[stream] = streams[stream].cast<std::vector<py::object>>();
   }
-  const auto require_length = [&](const std::vector<py::object>& list, const std::string& name) {
-    if (list.size() != params.size()) {
-      throw py::value_error(name + ": " + std::to_string(list.size()) + " given for " + std::to_string(params.size()) +
-                            " parameters");
+  arrays[kGrad] = grads;
+  const std::size_t count = arrays[kParam].size();
+  for (std::size_t stream = 0; stream < kStreams; ++stream) {
+    if (streams[stream].is_none() && stream != kGrad) continue;
+    if (arrays[stream].size() != count) {
+      throw py::value_error(names[stream] + ": " + std::to_string(arrays[stream].size()) + " given for " +
+                            std::to_string(count) + " parameters");
     }
-  };
-  require_length(grads, names[kGrad]);
-  for (std::size_t k = 0; k < slots.size(); ++k) require_length(slots[k], names[kFirstSlot + k]);
+  }
+  for (std::size_t k = 0; k < kMaxSlots; ++k) {
+    if (streams[kFirstSlot + k].is_none() == (k < kernel.slots.count)) {
+      throw py::value_error("rule " + rule + " has " + std::to_string(kernel.slots.count) + " slots");
+    }
+  }
 
   const OwnedArrays naming(names, single);
-  Setting setting = read_setting(BoundKernel(kernel), coefficients, py::float_(scale), py::float_(l1), py::float_(l2),
-                                 py::float_(decay));
+  const StepOptions options = StepOptions::read(given_options);
+  const Summation sum{summation.first, summation.second >= summation.first};
+  Setting setting = read_setting(BoundKernel(kernel), recipe, t);
+  options.enter(setting.around);
+  setting.around.accumulate = static_cast<double>(sum.calls);
+  if (!sum.last) setting.unit_limit = 0.0;
   Batch batch;
-  std::vector<py::object> by_param;  // the slots of the first parameter, of the second, ...
-  by_param.reserve(params.size() * slots.size());
-  for (std::size_t i = 0; i < params.size(); ++i) {
-    const std::size_t first = by_param.size();
-    for (const std::vector<py::object>& slot : slots) by_param.push_back(slot[i]);
-    if (!grads[i].is_none()) batch.add(kernel, params[i], grads[i], by_param.data() + first, &setting, i);
+  batch.seed = seed;
+  batch.stochastic = stochastic;
+  batch.zero_grads = options.zero_grads;
+  for (std::size_t i = 0; i < count; ++i) {
+    if (grads[i].is_none()) {
+      if (sum.calls == 1) continue;
+      throw py::type_error(naming.name(i, kGrad) + ": None, and gradients are summed over " +
+                           std::to_string(sum.calls) + " calls; leave the parameter out of all of them, or pass zeros");
+    }
+    Arrays of_param;
+    for (std::size_t stream = 0; stream < kStreams; ++stream) {
+      if (arrays[stream].empty() || arrays[stream][i].is_none()) continue;
+      of_param.stream[stream] = arrays[stream][i];
+    }
+    batch.add(kernel, of_param, &setting, i);
   }
   batch.validate(naming);
-  batch.run();
+  if (sum.calls > 1) {
+    for (Tensor& tensor : batch.tensors()) tensor.sum_starts = summation.second == 1;
+  }
+  Isa isa = Isa::scalar;
+  const Outcome outcome = run_step(batch, options, sum, naming, isa);
+  return py::make_tuple(outcome.grad_norm, outcome.skipped);
 }
 
 // A NumPy array over the memory of a parameter, for Python code that computes with it: the array itself, or a view of
@@ -349,26 +484,36 @@ py::object as_ndarray(const py::object& param, const std::string& name) {
     auto held = std::make_unique<Keeper>(std::move(keeper));
     const py::capsule owner(held.get(), [](void* pointer) { delete static_cast<Keeper*>(pointer); });
     [[maybe_unused]] const Keeper* const owned = held.release();
-    return py::array(py::dtype(info(view.dtype).name), shape, strides, view.data, owner);
+    return py::array(numpy_dtype(view.dtype), shape, strides, view.data, owner);
   } catch (const ArgumentError& error) {
     error.raise(name);
   }
 }
 
-// A state array filled with `value`, like `param` in shape, dtype and memory order, and like it in its place relative
-// to cache lines, so that a kernel that is aligned in one is aligned in both.
-py::object state_like(const py::array& param, double value) {
+// A state array filled with `value`, like `param` in shape and memory order, and like it in its place relative to cache
+// lines, so that a kernel that is aligned in one is aligned in both. `dtype`: of NumPy, of any kind.
+py::object state_like(const py::array& param, double value, const py::dtype& dtype) {
   Keeper keeper;
   const ArrayView view = view_array(param, keeper);
   const py::object numpy = py::module_::import("numpy");
-  const auto nbytes = static_cast<py::ssize_t>(view.count * view.itemsize());
+  const auto itemsize = static_cast<std::size_t>(dtype.itemsize());
+  const auto nbytes = static_cast<py::ssize_t>(view.count * itemsize);
   // NumPy's own allocation: zeros that cost nothing until they are touched, and huge pages.
   const auto memory = numpy.attr("zeros")(nbytes + static_cast<py::ssize_t>(2 * kCacheLine), "u1").cast<py::array>();
   const auto* const start = static_cast<const std::byte*>(memory.data());
-  const auto shift = reinterpret_cast<std::uintptr_t>(view.data) - reinterpret_cast<std::uintptr_t>(start);
+  // The elements before the parameter's first cache line, and where that line begins in the state.
+  const std::size_t misaligned = reinterpret_cast<std::uintptr_t>(view.data) % kCacheLine;
+  const std::size_t before =
+      misaligned % view.itemsize() == 0 ? (kCacheLine - misaligned) % kCacheLine / view.itemsize() : 0;
+  const std::size_t shift =
+      (2 * kCacheLine * itemsize - reinterpret_cast<std::uintptr_t>(start) % kCacheLine - before * itemsize) %
+      kCacheLine;
   const std::vector<py::ssize_t> shape(view.shape.begin(), view.shape.end());
-  const std::vector<py::ssize_t> strides(view.strides.begin(), view.strides.end());
-  py::array state(py::dtype(info(view.dtype).name), shape, strides, start + shift % kCacheLine, memory);
+  std::vector<py::ssize_t> strides(view.strides.begin(), view.strides.end());
+  for (py::ssize_t& stride : strides) {
+    stride = stride / static_cast<py::ssize_t>(view.itemsize()) * static_cast<py::ssize_t>(itemsize);
+  }
+  py::array state(dtype, shape, strides, start + shift, memory);
   if (value != 0.0) state.attr("fill")(value);
   return state;
 }
@@ -383,26 +528,47 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
 
   py::class_<Updater>(m, "Updater")
       .def(py::init<std::vector<std::string>, std::vector<std::size_t>, const py::list&, const std::vector<py::tuple>&,
-                    std::vector<std::string>, std::vector<std::string>>(),
-           py::arg("groups"), py::arg("group_of"), py::arg("params"), py::arg("slots"), py::arg("param_names"),
-           py::arg("grad_names"))
+                    const std::vector<py::tuple>&, std::vector<std::string>, std::vector<std::string>,
+                    std::vector<std::string>, std::uint64_t, bool, std::int64_t>(),
+           py::arg("groups"), py::arg("group_of"), py::arg("params"), py::arg("slots"), py::arg("extras"),
+           py::arg("param_names"), py::arg("grad_names"), py::arg("mirror_names"), py::arg("seed"),
+           py::arg("stochastic"), py::arg("accumulate"))
       .def("check", &Updater::check, py::arg("grads").none(true))
-      .def("step", &Updater::step, py::arg("grads"), py::arg("recipes"))
+      .def("step", &Updater::step, py::arg("grads"), py::arg("recipes"), py::arg("options").none(true) = py::none())
+      .def("swap_ema", &Updater::swap_ema)
+      .def("set_sums", &Updater::set_sums, py::arg("accumulated"), py::arg("received"))
       .def("__enter__", &Updater::enter)
       .def("__exit__", [](Updater& updater, const py::args& /*exception*/) { updater.leave(); })
       .def_property("counts", &Updater::counts, &Updater::set_counts)
+      .def_property("seed", &Updater::seed, &Updater::set_seed)
+      .def_property("skipped", &Updater::skipped, &Updater::set_skipped)
+      .def_property_readonly("accumulated", &Updater::accumulated)
+      .def_property_readonly("received", &Updater::received)
+      .def_property_readonly("grad_norm", &Updater::grad_norm)
       .def_property_readonly("last_isa", &Updater::last_isa);
 
-  m.def("update", &update_owned, py::arg("rule"), py::arg("params"), py::arg("grads"), py::arg("slots"),
-        py::arg("coefficients"), py::arg("scale"), py::arg("l1"), py::arg("l2"), py::arg("decay"), py::arg("names"),
+  m.def("update", &update_owned, py::arg("rule"), py::arg("grads"), py::arg("streams"), py::arg("recipe"), py::arg("t"),
+        py::arg("options").none(true), py::arg("seed"), py::arg("stochastic"), py::arg("summation"), py::arg("names"),
         py::arg("single") = false);
   m.def("as_ndarray", &as_ndarray, py::arg("param"), py::arg("name"));
-  m.def("state_like", &state_like, py::arg("param"), py::arg("value"));
+  m.def("state_like", &state_like, py::arg("param"), py::arg("value"), py::arg("dtype"));
   m.def("registry", &registry);
   m.def("dtypes", [] {
     std::vector<std::string> names;
     for (const DTypeInfo& dtype : DTypeTable<DTypes>::rows) names.emplace_back(dtype.name);
     return names;
+  });
+  m.def("compute_dtypes", [] {
+    std::vector<std::string> names;
+    for (const DTypeInfo& dtype : DTypeTable<ComputeTypes>::rows) names.emplace_back(dtype.name);
+    return names;
+  });
+  m.def("storages", [] {
+    std::vector<std::tuple<std::string, std::string, std::string>> rows;
+    for (const StorageInfo& row : kStorages) {
+      rows.emplace_back(info(row.param).name, info(row.grad).name, info(row.state).name);
+    }
+    return rows;
   });
 
   bind_batchnorm(m);

@@ -48,7 +48,7 @@ struct Kernels {
 };
 
 struct Table {
-  Kernels kernels[DTypes::size];
+  Kernels kernels[ComputeTypes::size];
 };
 
 }  // namespace onepass::batchnorm

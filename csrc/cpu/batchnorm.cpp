@@ -379,7 +379,7 @@ Isa forward(const ForwardCall& call, std::size_t threads) {
     std::fill_n(call.invstd, call.channels, std::numeric_limits<double>::quiet_NaN());
     return active_kernels().isa;
   }
-  return run_as<ForwardPass>(DTypes{}, call, threads);
+  return run_as<ForwardPass>(ComputeTypes{}, call, threads);
 }
 
 Isa backward(const BackwardCall& call, std::size_t threads) {
@@ -390,7 +390,7 @@ Isa backward(const BackwardCall& call, std::size_t threads) {
     }
     return active_kernels().isa;
   }
-  return run_as<BackwardPass>(DTypes{}, call, threads);
+  return run_as<BackwardPass>(ComputeTypes{}, call, threads);
 }
 
 }  // namespace onepass::batchnorm

@@ -701,6 +701,6 @@ constexpr Table table_of(TypeList<Ds...> /*dtypes*/) noexcept {
 #define ONEPASS_JOIN(a, b) ONEPASS_JOIN_(a, b)
 
 extern const Table ONEPASS_JOIN(kernels_, ONEPASS_ISA);
-const Table ONEPASS_JOIN(kernels_, ONEPASS_ISA) = table_of(DTypes{});
+const Table ONEPASS_JOIN(kernels_, ONEPASS_ISA) = table_of(ComputeTypes{});
 
 }  // namespace onepass::batchnorm

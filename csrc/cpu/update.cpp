@@ -2,8 +2,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
+#include <cstring>
 
 #include "core/partition.h"
+#include "core/philox.h"
+#include "cpu/cache.h"
 #include "cpu/dispatch.h"
 #include "cpu/float_mode.h"
 #include "cpu/parallel.h"
@@ -11,114 +15,506 @@
 namespace onepass {
 namespace {
 
-// Elements that are gathered at a time: 4 streams of doubles take 16 KiB of stack and stay in the first-level cache.
-constexpr std::size_t kGatherBlock = 512;
+// Elements for which random numbers are made, and strided streams are gathered, at a time: they stay in the
+// first-level cache.
+constexpr std::size_t kBlock = 1024;
+static_assert(kBlock % kRandomGroup == 0);
 
 // Parts per thread: claimed one by one, so that a core that is busy elsewhere does not hold up the others.
 constexpr std::size_t kPartsPerThread = 4;
 
-const void* advance(const void* pointer, std::size_t bytes) { return static_cast<const std::byte*>(pointer) + bytes; }
-void* advance(void* pointer, std::size_t bytes) { return static_cast<std::byte*>(pointer) + bytes; }
+constexpr std::size_t kLineOfItems = kCacheLine;  // an Extent's itemsize, where its items are larger than a cache line
 
-Isa update_direct(const Tensor& tensor, std::size_t first, std::size_t count) {
-  const std::size_t offset = first * info(tensor.dtype).itemsize;
-  Streams streams{advance(tensor.streams.param, offset), advance(tensor.streams.grad, offset), {}};
-  for (std::size_t k = 0; k < tensor.kernel->slots.count; ++k) {
-    streams.slots[k] = advance(tensor.streams.slots[k], offset);
-  }
-  return tensor.kernel->update[static_cast<std::size_t>(tensor.dtype)](streams, count, tensor.coefficients,
-                                                                       *tensor.around);
+std::size_t itemsize(const Tensor& tensor, std::size_t stream) { return info(tensor.dtypes[stream]).itemsize; }
+DType compute_type(const Tensor& tensor) { return info(tensor.dtypes[kParam]).compute; }
+const DTypeKernels& kernels_for(DType dtype) { return active_kernels().step->dtypes[static_cast<std::size_t>(dtype)]; }
+
+bool reads(const Tensor& tensor, std::size_t stream) {
+  return stream != kMirror && (stream != kEma || !tensor.around->ema_starts);
+}
+bool writes(const Tensor& tensor, std::size_t stream) {
+  return stream != kAccumulator && (stream != kGrad || tensor.around->zero_grads);
 }
 
-Isa update_gathered(const Tensor& tensor, std::size_t first, std::size_t count) {
-  alignas(kCacheLine) std::byte buffers[1 + kMaxSlots][kGatherBlock * sizeof(double)];
-  const std::size_t itemsize = info(tensor.dtype).itemsize;
-  const std::size_t slots = tensor.kernel->slots.count;
-  const Walk& walk = *tensor.walk;
-  Isa isa = Isa::scalar;
-  for (std::size_t begin = first; begin < first + count; begin += kGatherBlock) {
-    const std::size_t n = std::min(kGatherBlock, first + count - begin);
-    const std::size_t offset = begin * itemsize;
-    Streams streams{advance(tensor.streams.param, offset), nullptr, {}};
-    if (walk.gather[0]) {
-      gather(walk.axes[0], tensor.streams.grad, itemsize, begin, n, buffers[0]);
-      streams.grad = buffers[0];
-    } else {
-      streams.grad = advance(tensor.streams.grad, offset);
+bool has_noise(const Tensor& tensor) { return tensor.around->noise != 0.0; }
+// Whether what is stored in this stream is rounded by chance.
+bool is_stochastic(const Tensor& tensor, std::size_t stream) {
+  const bool stored = stream == kParam ? tensor.streams.data[kRemainder] == nullptr
+                                       : stream == kEma || (stream >= kFirstSlot && stream < kFirstSlot + kMaxSlots);
+  return tensor.stochastic && stored && tensor.streams.data[stream] != nullptr &&
+         itemsize(tensor, stream) < info(compute_type(tensor)).itemsize;
+}
+bool is_random(const Tensor& tensor) {
+  if (has_noise(tensor)) return true;
+  for (std::size_t stream = 0; stream < kStreams; ++stream) {
+    if (is_stochastic(tensor, stream)) return true;
+  }
+  return false;
+}
+
+std::uint32_t purpose_of(std::size_t stream, Purpose param) {
+  if (stream == kParam) return static_cast<std::uint32_t>(param);
+  if (stream == kEma) return static_cast<std::uint32_t>(Purpose::ema);
+  return static_cast<std::uint32_t>(Purpose::first_slot) + static_cast<std::uint32_t>(stream - kFirstSlot);
+}
+
+bool is_plain(const Tensor& tensor) {
+  const Around& around = *tensor.around;
+  for (const std::size_t stream : {kEma, kMirror, kRemainder, kAccumulator}) {
+    if (tensor.streams.data[stream] != nullptr) return false;
+  }
+  return around.clip_value == 0.0 && !around.zero_grads && !is_random(tensor);
+}
+
+Streams from_element(const Tensor& tensor, const Streams& streams, std::size_t element) {
+  Streams moved = streams;
+  for (std::size_t stream = 0; stream < kStreams; ++stream) {
+    if (moved.data[stream] != nullptr) moved.data[stream] += element * itemsize(tensor, stream);
+  }
+  return moved;
+}
+
+Part part_of(const Tensor& tensor, const Streams& streams, std::size_t first, std::size_t count) {
+  return {from_element(tensor, streams, first),
+          count,
+          tensor.coefficients,
+          tensor.around,
+          tensor.clip,
+          tensor.dtypes[kMirror],
+          {}};
+}
+
+// Calls run(part) for elements [first, first + count) of the tensor, of which `streams` are used. Where streams have to
+// be gathered or random numbers made, that is done in blocks, which lie in the first-level cache.
+template <class Run>
+void for_each_block(const Tensor& tensor, const Streams& streams, Purpose param_purpose, bool noise, std::size_t first,
+                    std::size_t count, Run run) {
+  const bool random = is_random(tensor);
+  if (tensor.walk == nullptr && !random) {
+    run(part_of(tensor, streams, first, count));
+    return;
+  }
+  alignas(kCacheLine) std::byte gathered[kStreams][kBlock * sizeof(double)];
+  alignas(kCacheLine) std::uint32_t bits[kStreams][kBlock];
+  alignas(kCacheLine) float normals[kBlock];
+  const StepKernels& kernels = *active_kernels().step;
+  const auto is_gathered = [&](std::size_t stream) {
+    return tensor.walk != nullptr && tensor.walk->gather[stream] && streams.data[stream] != nullptr;
+  };
+  for (std::size_t begin = first; begin < first + count;) {
+    const std::size_t n = std::min(kBlock - begin % kBlock, first + count - begin);
+    Part part = part_of(tensor, streams, begin, n);
+    for (std::size_t stream = kGrad; stream < kStreams; ++stream) {
+      if (!is_gathered(stream)) continue;
+      if (reads(tensor, stream)) {
+        gather(tensor.walk->axes[stream], streams.data[stream], itemsize(tensor, stream), begin, n, gathered[stream]);
+      }
+      part.streams.data[stream] = gathered[stream];
     }
-    for (std::size_t k = 0; k < slots; ++k) {
-      if (walk.gather[1 + k]) {
-        gather(walk.axes[1 + k], tensor.streams.slots[k], itemsize, begin, n, buffers[1 + k]);
-        streams.slots[k] = buffers[1 + k];
-      } else {
-        streams.slots[k] = advance(tensor.streams.slots[k], offset);
+    if (random) {
+      const std::size_t group = begin / kRandomGroup * kRandomGroup;
+      const std::size_t numbers = (begin + n - group + kRandomGroup - 1) / kRandomGroup * kRandomGroup;
+      RandomKey key = tensor.key;
+      if (noise && has_noise(tensor)) {
+        key.purpose = static_cast<std::uint32_t>(Purpose::noise);
+        kernels.normals(key, group, numbers, normals);
+        part.random.noise = normals + (begin - group);
+      }
+      for (std::size_t stream = 0; stream < kStreams; ++stream) {
+        if (streams.data[stream] == nullptr || !is_stochastic(tensor, stream)) continue;
+        key.purpose = purpose_of(stream, param_purpose);
+        kernels.rounding_bits(key, group, numbers, bits[stream]);
+        part.random.rounding[stream] = bits[stream] + (begin - group);
       }
     }
-    isa =
-        tensor.kernel->update[static_cast<std::size_t>(tensor.dtype)](streams, n, tensor.coefficients, *tensor.around);
-    for (std::size_t k = 0; k < slots; ++k) {
-      if (!walk.gather[1 + k]) continue;
-      scatter(walk.axes[1 + k], tensor.streams.slots[k], itemsize, begin, n, buffers[1 + k]);
+    run(part);
+    for (std::size_t stream = kGrad; stream < kStreams; ++stream) {
+      if (!is_gathered(stream) || !writes(tensor, stream)) continue;
+      scatter(tensor.walk->axes[stream], streams.data[stream], itemsize(tensor, stream), begin, n, gathered[stream]);
     }
+    begin += n;
+  }
+}
+
+Isa update_range(const Tensor& tensor, const Streams& streams, std::size_t first, std::size_t count) {
+  const UpdateFn run = (is_plain(tensor) ? tensor.kernel->plain : tensor.kernel->whole)[tensor.storage];
+  Isa isa = Isa::scalar;
+  for_each_block(tensor, streams, Purpose::param, true, first, count, [&](const Part& part) { isa = run(part); });
+  return isa;
+}
+
+// --- Units whose weights are held below a norm
+// ------------------------------------------------------------------------
+
+// Units that are updated, measured and scaled together, so that their weights are still in the cache.
+struct Panels {
+  std::size_t width;      // units
+  std::size_t count = 1;  // of each outer part
+
+  explicit Panels(const Tensor& tensor) : width(tensor.units->units) {
+    const Units& units = *tensor.units;
+    if (tensor.count == 0) return;
+    const std::size_t unit = units.depth * units.run;
+    const std::size_t room = cache_sizes().level2 / 2 / (traffic(tensor) / tensor.count * unit);
+    // A whole cache line of each row at the least; no less than is worth a call where rows are long.
+    const std::size_t line = (kCacheLine / itemsize(tensor, kParam) + units.run - 1) / units.run;
+    const std::size_t wanted = std::max<std::size_t>(room / line, 1) * line;
+    width = std::clamp<std::size_t>(wanted, 1, units.units);
+    count = (units.units + width - 1) / width;
+  }
+};
+
+// What one panel needs beyond its tensor; kept by each thread from step to step.
+struct UnitScratch {
+  std::vector<double> sums;
+  std::vector<std::byte> factors;
+  std::vector<float> joined;
+};
+
+double run_squares(const DTypeKernels& kernels, const std::byte* values, std::size_t size, std::size_t count) {
+  double total = 0.0;
+  for (std::size_t begin = 0; begin < count; begin += kSquaresBlock) {
+    const double sum = kernels.squares(values + begin * size, std::min(kSquaresBlock, count - begin)).sum;
+    total = begin == 0 ? sum : total + sum;
+  }
+  return total;
+}
+
+// Adds the squares of `units` runs that begin at element `first` to their sums.
+void add_row(const Tensor& tensor, std::size_t first, std::size_t units, UnitScratch& scratch) {
+  const std::size_t run = tensor.units->run;
+  const std::size_t count = units * run;
+  const std::byte* values = tensor.streams.data[kParam] + first * itemsize(tensor, kParam);
+  DType dtype = tensor.dtypes[kParam];
+  if (const std::byte* low = tensor.streams.data[kRemainder]; low != nullptr) {
+    scratch.joined.resize(count);
+    if (tensor.walk != nullptr && tensor.walk->gather[kRemainder]) {
+      std::vector<std::uint16_t> gathered(count);
+      gather(tensor.walk->axes[kRemainder], low, sizeof(std::uint16_t), first, count, gathered.data());
+      active_kernels().step->join(values, reinterpret_cast<const std::byte*>(gathered.data()), count,
+                                  scratch.joined.data());
+    } else {
+      active_kernels().step->join(values, low + first * sizeof(std::uint16_t), count, scratch.joined.data());
+    }
+    values = reinterpret_cast<const std::byte*>(scratch.joined.data());
+    dtype = DType::float32;
+  }
+  const DTypeKernels& kernels = kernels_for(dtype);
+  if (run == 1) {
+    kernels.add_squares(values, units, scratch.sums.data());
+    return;
+  }
+  const std::size_t size = info(dtype).itemsize;
+  for (std::size_t u = 0; u < units; ++u) {
+    scratch.sums[u] = scratch.sums[u] + run_squares(kernels, values + u * run * size, size, run);
+  }
+}
+
+template <class S>
+bool fill_factors(const Units& units, std::span<const double> sums, std::vector<std::byte>& factors) {
+  factors.resize(sums.size() * units.run * sizeof(S));
+  S* to = reinterpret_cast<S*>(factors.data());
+  bool scaled = false;
+  for (const double sum : sums) {
+    const double norm = std::sqrt(sum);
+    const S factor = norm > units.limit ? static_cast<S>(units.limit / norm) : S(1);
+    scaled = scaled || norm > units.limit;
+    to = std::fill_n(to, units.run, factor);
+  }
+  return scaled;
+}
+
+Isa update_panel(const Tensor& tensor, std::size_t outer, std::size_t first_unit, std::size_t width) {
+  thread_local UnitScratch scratch;
+  const Units& units = *tensor.units;
+  const auto row_begin = [&](std::size_t row) {
+    return ((outer * units.depth + row) * units.units + first_unit) * units.run;
+  };
+  const std::size_t row_count = width * units.run;
+  Streams now = tensor.streams;  // what shows the new parameter waits until that is final
+  now.data[kEma] = nullptr;
+  now.data[kMirror] = nullptr;
+  scratch.sums.assign(width, 0.0);
+  Isa isa = Isa::scalar;
+  for (std::size_t row = 0; row < units.depth; ++row) {
+    isa = update_range(tensor, now, row_begin(row), row_count);
+    add_row(tensor, row_begin(row), width, scratch);
+  }
+  const bool scaled = compute_type(tensor) == DType::float32
+                          ? fill_factors<float>(units, scratch.sums, scratch.factors)
+                          : fill_factors<double>(units, scratch.sums, scratch.factors);
+  if (!scaled && tensor.streams.data[kEma] == nullptr && tensor.streams.data[kMirror] == nullptr) return isa;
+
+  Streams later{};
+  for (const std::size_t stream : {kParam, kRemainder, kEma, kMirror}) later.data[stream] = tensor.streams.data[stream];
+  const std::size_t factor_size = info(compute_type(tensor)).itemsize;
+  const auto finish = kernels_for(tensor.dtypes[kParam]).finish;
+  for (std::size_t row = 0; row < units.depth; ++row) {
+    const std::byte* factors = scratch.factors.data();
+    for_each_block(tensor, later, Purpose::param_scaled, false, row_begin(row), row_count, [&](const Part& part) {
+      finish(part, factors);
+      factors += part.count * factor_size;
+    });
   }
   return isa;
 }
 
-Isa update_part(const Tensor& tensor, std::size_t first, std::size_t count) {
-  return tensor.walk == nullptr ? update_direct(tensor, first, count) : update_gathered(tensor, first, count);
+Isa update_panels(const Tensor& tensor, std::size_t first, std::size_t count) {
+  const Panels panels(tensor);
+  Isa isa = Isa::scalar;
+  for (std::size_t item = first; item < first + count; ++item) {
+    const std::size_t unit = item % panels.count * panels.width;
+    isa = update_panel(tensor, item / panels.count, unit, std::min(panels.width, tensor.units->units - unit));
+  }
+  return isa;
 }
+
+// --- Dividing the work
+// ------------------------------------------------------------------------------------------------
 
 std::atomic<std::size_t> least_parallel_bytes{std::size_t{4} << 20};
 
-struct Parts {
-  std::span<const Tensor> tensors;
-  std::span<const Extent> extents;
-  std::size_t parts;
-  std::atomic<Isa> isa;
-};
+// Calls work(tensor, first item, items) until all tensors are done, on up to `threads` threads. `extent_of` says what
+// the items of a tensor are, with its own bytes in the place of `end`.
+template <class ExtentOf, class Work>
+void divide(std::span<const Tensor> tensors, std::size_t threads, ExtentOf extent_of, Work work) {
+  thread_local std::vector<Extent> extents;  // keeps its memory from step to step
+  extents.clear();
+  std::size_t total = 0;
+  for (const Tensor& tensor : tensors) {
+    Extent extent = extent_of(tensor);
+    if (tensor.count == 0) extent.count = extent.end = 0;
+    total += extent.end;
+    extent.end = total;
+    extents.push_back(extent);
+  }
+  if (threads <= 1 || total == 0 || total < serial_bytes()) {
+    const FloatMode mode;
+    for (std::size_t t = 0; t < tensors.size(); ++t) {
+      if (extents[t].count > 0) work(t, std::size_t{0}, extents[t].count);
+    }
+    return;
+  }
+  struct Job {
+    std::span<const Extent> extents;
+    std::size_t parts;
+    Work* work;
+  };
+  Job job{extents, threads * kPartsPerThread, &work};
+  parallel_for(
+      threads, job.parts,
+      [](void* context, std::size_t part) {
+        const Job& j = *static_cast<Job*>(context);
+        const FloatMode mode;
+        for_each_in_part(j.extents, part, j.parts, *j.work);
+      },
+      &job);
+}
+
+Extent extent(const Tensor& tensor, std::size_t bytes_per_element) {
+  return {reinterpret_cast<std::uintptr_t>(tensor.streams.data[kParam]), itemsize(tensor, kParam), tensor.count,
+          bytes_per_element * tensor.count};
+}
+
+// Calls run(values, elements) for pieces of at most kBlock consecutive elements of a stream, in the parameter's order.
+template <class Run>
+void for_each_piece(const Tensor& tensor, std::size_t stream, std::size_t first, std::size_t count, Run run) {
+  const std::byte* const data = tensor.streams.data[stream];
+  if (tensor.walk == nullptr || !tensor.walk->gather[stream]) {
+    run(data + first * itemsize(tensor, stream), count, first);
+    return;
+  }
+  alignas(kCacheLine) std::byte gathered[kBlock * sizeof(double)];
+  for (std::size_t begin = first; begin < first + count; begin += kBlock) {
+    const std::size_t n = std::min(kBlock, first + count - begin);
+    gather(tensor.walk->axes[stream], data, itemsize(tensor, stream), begin, n, gathered);
+    run(gathered, n, begin);
+  }
+}
+
+// Adds elements of the gradient to those of the accumulator. `to` is contiguous and holds the sums that are there, or
+// will be read over.
+void add_gradient(const Tensor& tensor, std::size_t first, std::size_t count, bool starts, std::byte* to) {
+  const std::size_t size = info(compute_type(tensor)).itemsize;
+  for_each_piece(tensor, kGrad, first, count, [&](const std::byte* values, std::size_t n, std::size_t begin) {
+    std::byte* const sums = to + (begin - first) * size;
+    kernels_for(tensor.dtypes[kGrad]).accumulate(values, n, tensor.around->scale, starts ? nullptr : sums, sums);
+  });
+}
+
+void zero_range(const Tensor& tensor, std::size_t first, std::size_t count) {
+  std::byte* const grad = tensor.streams.data[kGrad];
+  const std::size_t size = itemsize(tensor, kGrad);
+  if (tensor.walk == nullptr || !tensor.walk->gather[kGrad]) {
+    std::memset(grad + first * size, 0, count * size);
+    return;
+  }
+  const std::byte zeros[kBlock * sizeof(double)] = {};
+  for (std::size_t begin = first; begin < first + count; begin += kBlock) {
+    scatter(tensor.walk->axes[kGrad], grad, size, begin, std::min(kBlock, first + count - begin), zeros);
+  }
+}
+
+void accumulate_range(const Tensor& tensor, std::size_t first, std::size_t count) {
+  const std::size_t size = itemsize(tensor, kAccumulator);
+  std::byte* const sums = tensor.streams.data[kAccumulator];
+  if (tensor.walk == nullptr || !tensor.walk->gather[kAccumulator]) {
+    add_gradient(tensor, first, count, tensor.sum_starts, sums + first * size);
+  } else {
+    alignas(kCacheLine) std::byte gathered[kBlock * sizeof(double)];
+    const std::span<const Axis> axes = tensor.walk->axes[kAccumulator];
+    for (std::size_t begin = first; begin < first + count; begin += kBlock) {
+      const std::size_t n = std::min(kBlock, first + count - begin);
+      if (!tensor.sum_starts) gather(axes, sums, size, begin, n, gathered);
+      add_gradient(tensor, begin, n, tensor.sum_starts, gathered);
+      scatter(axes, sums, size, begin, n, gathered);
+    }
+  }
+  if (tensor.around->zero_grads) zero_range(tensor, first, count);
+}
+
+// The squares of block `block` of what a norm is taken of.
+Squares measure_block(const Tensor& tensor, std::size_t block) {
+  const std::size_t first = block * kSquaresBlock;
+  const std::size_t count = std::min(kSquaresBlock, tensor.count - first);
+  alignas(kCacheLine) std::byte buffer[kSquaresBlock * sizeof(double)];
+  const auto contiguous = [&](std::size_t stream) -> const std::byte* {
+    const std::size_t size = itemsize(tensor, stream);
+    if (tensor.walk == nullptr || !tensor.walk->gather[stream]) return tensor.streams.data[stream] + first * size;
+    gather(tensor.walk->axes[stream], tensor.streams.data[stream], size, first, count, buffer);
+    return buffer;
+  };
+  if (tensor.streams.data[kAccumulator] == nullptr)
+    return kernels_for(tensor.dtypes[kGrad]).squares(contiguous(kGrad), count);
+  const DTypeKernels& kernels = kernels_for(compute_type(tensor));
+  if (!tensor.sum_starts) {
+    const std::byte* const sums = contiguous(kAccumulator);
+    if (tensor.streams.data[kGrad] == nullptr) return kernels.squares(sums, count);
+    if (sums != buffer) std::memcpy(buffer, sums, count * itemsize(tensor, kAccumulator));
+  }
+  add_gradient(tensor, first, count, tensor.sum_starts, buffer);
+  return kernels.squares(buffer, count);
+}
+
+void exchange_range(const Tensor& tensor, std::size_t first, std::size_t count) {
+  const Streams streams = from_element(tensor, tensor.streams, first);
+  std::byte* const param = streams.data[kParam];
+  std::byte* const ema = streams.data[kEma];
+  if (std::byte* const remainder = streams.data[kRemainder]; remainder != nullptr) {
+    for (std::size_t i = 0; i < count; ++i) {
+      Split split{};
+      float average = 0.0F;
+      std::memcpy(&split.high, param + 2 * i, 2);
+      std::memcpy(&split.low, remainder + 2 * i, 2);
+      std::memcpy(&average, ema + 4 * i, 4);
+      const float value = split.value();
+      split = Split::of(average);
+      std::memcpy(param + 2 * i, &split.high, 2);
+      std::memcpy(remainder + 2 * i, &split.low, 2);
+      std::memcpy(ema + 4 * i, &value, 4);
+    }
+  } else {
+    std::swap_ranges(param, param + count * itemsize(tensor, kParam), ema);
+  }
+  if (tensor.streams.data[kMirror] == nullptr) return;
+  alignas(kCacheLine) std::byte ones[kBlock * sizeof(double)];
+  if (compute_type(tensor) == DType::float32) {
+    std::fill_n(reinterpret_cast<float*>(ones), kBlock, 1.0F);
+  } else {
+    std::fill_n(reinterpret_cast<double*>(ones), kBlock, 1.0);
+  }
+  Streams shown{};
+  for (const std::size_t stream : {kParam, kRemainder, kMirror}) shown.data[stream] = tensor.streams.data[stream];
+  const auto finish = kernels_for(tensor.dtypes[kParam]).finish;
+  for (std::size_t begin = first; begin < first + count; begin += kBlock) {
+    for_each_block(tensor, shown, Purpose::param_scaled, false, begin, std::min(kBlock, first + count - begin),
+                   [&](const Part& part) { finish(part, ones); });
+  }
+}
+
+std::size_t blocks_of(const Tensor& tensor) { return (tensor.count + kSquaresBlock - 1) / kSquaresBlock; }
 
 }  // namespace
 
 std::size_t traffic(const Tensor& tensor) {
-  const std::size_t streams = 3 + 2 * tensor.kernel->slots.count;  // gradient in, parameter and slots in and out
-  return streams * info(tensor.dtype).itemsize * tensor.count;
+  std::size_t bytes = 0;
+  for (std::size_t stream = 0; stream < kStreams; ++stream) {
+    if (tensor.streams.data[stream] == nullptr) continue;
+    bytes += (reads(tensor, stream) ? itemsize(tensor, stream) : 0) +
+             (writes(tensor, stream) ? itemsize(tensor, stream) : 0);
+  }
+  return bytes * tensor.count;
 }
 
 std::size_t serial_bytes() { return least_parallel_bytes.load(std::memory_order_relaxed); }
 void set_serial_bytes(std::size_t bytes) { least_parallel_bytes.store(bytes, std::memory_order_relaxed); }
 
 Isa update(std::span<const Tensor> tensors, std::size_t threads) {
-  std::size_t total = 0;
-  for (const Tensor& tensor : tensors) total += traffic(tensor);
-  if (threads <= 1 || total == 0 || total < serial_bytes()) {
-    const FloatMode mode;
-    Isa isa = active_kernels().isa;
-    for (const Tensor& tensor : tensors) {
-      if (tensor.count > 0) isa = update_part(tensor, 0, tensor.count);
-    }
-    return isa;
-  }
-
-  thread_local std::vector<Extent> extents;  // keeps its memory from step to step
-  extents.clear();
-  std::size_t end = 0;
-  for (const Tensor& tensor : tensors) {
-    end += traffic(tensor);
-    extents.push_back(
-        {reinterpret_cast<std::uintptr_t>(tensor.streams.param), info(tensor.dtype).itemsize, tensor.count, end});
-  }
-  Parts parts{tensors, extents, threads * kPartsPerThread, active_kernels().isa};
-  parallel_for(
-      threads, parts.parts,
-      [](void* context, std::size_t part) {
-        Parts& p = *static_cast<Parts*>(context);
-        const FloatMode mode;
-        for_each_in_part(p.extents, part, p.parts, [&](std::size_t t, std::size_t first, std::size_t count) {
-          p.isa.store(update_part(p.tensors[t], first, count), std::memory_order_relaxed);
-        });
+  std::atomic<Isa> isa{active_kernels().isa};
+  divide(
+      tensors, threads,
+      [](const Tensor& tensor) -> Extent {
+        if (tensor.units == nullptr) return extent(tensor, traffic(tensor) / std::max(tensor.count, std::size_t{1}));
+        const std::size_t items = tensor.units->outer * Panels(tensor).count;
+        return {0, kLineOfItems, items, std::max(traffic(tensor) / items, std::size_t{1}) * items};
       },
-      &parts);
-  return parts.isa.load(std::memory_order_relaxed);
+      [&](std::size_t t, std::size_t first, std::size_t count) {
+        const Tensor& tensor = tensors[t];
+        isa.store(tensor.units == nullptr ? update_range(tensor, tensor.streams, first, count)
+                                          : update_panels(tensor, first, count),
+                  std::memory_order_relaxed);
+      });
+  return isa.load(std::memory_order_relaxed);
+}
+
+void measure(std::span<const Tensor> tensors, std::size_t threads, std::span<Squares> sums) {
+  thread_local std::vector<Squares> blocks;
+  thread_local std::vector<std::size_t> first_block;
+  first_block.clear();
+  std::size_t total = 0;
+  for (const Tensor& tensor : tensors) {
+    first_block.push_back(total);
+    total += blocks_of(tensor);
+  }
+  blocks.resize(total);
+  Squares* const results = blocks.data();
+  const std::size_t* const offsets = first_block.data();
+  divide(
+      tensors, threads,
+      [](const Tensor& tensor) -> Extent {
+        const std::size_t stream = tensor.streams.data[kGrad] != nullptr ? kGrad : kAccumulator;
+        return {0, kLineOfItems, blocks_of(tensor), blocks_of(tensor) * kSquaresBlock * itemsize(tensor, stream)};
+      },
+      [&](std::size_t t, std::size_t first, std::size_t count) {
+        for (std::size_t b = first; b < first + count; ++b) results[offsets[t] + b] = measure_block(tensors[t], b);
+      });
+  for (std::size_t t = 0; t < tensors.size(); ++t) {
+    sums[t] = {0.0, true};
+    for (std::size_t b = 0; b < blocks_of(tensors[t]); ++b) {
+      const Squares& block = results[offsets[t] + b];
+      sums[t] = {b == 0 ? block.sum : sums[t].sum + block.sum, sums[t].finite && block.finite};
+    }
+  }
+}
+
+void accumulate(std::span<const Tensor> tensors, std::size_t threads) {
+  divide(
+      tensors, threads,
+      [](const Tensor& tensor) { return extent(tensor, itemsize(tensor, kGrad) + 2 * itemsize(tensor, kAccumulator)); },
+      [&](std::size_t t, std::size_t first, std::size_t count) { accumulate_range(tensors[t], first, count); });
+}
+
+void zero_gradients(std::span<const Tensor> tensors, std::size_t threads) {
+  divide(
+      tensors, threads, [](const Tensor& tensor) { return extent(tensor, itemsize(tensor, kGrad)); },
+      [&](std::size_t t, std::size_t first, std::size_t count) { zero_range(tensors[t], first, count); });
+}
+
+void exchange(std::span<const Tensor> tensors, std::size_t threads) {
+  divide(
+      tensors, threads,
+      [](const Tensor& tensor) { return extent(tensor, 2 * (itemsize(tensor, kParam) + itemsize(tensor, kEma))); },
+      [&](std::size_t t, std::size_t first, std::size_t count) { exchange_range(tensors[t], first, count); });
 }
 
 }  // namespace onepass

@@ -12,20 +12,41 @@
 
 namespace onepass {
 
-// How streams that lie in another order than the parameter are walked: position 0 is the gradient, 1 + k is slot k.
+// How streams that lie in another order than the parameter are walked.
 struct Walk {
-  std::vector<Axis> axes[1 + kMaxSlots];
-  bool gather[1 + kMaxSlots] = {};
+  std::vector<Axis> axes[kStreams];
+  bool gather[kStreams] = {};
+};
+
+// A parameter as the weights of units, in the order of its memory: `outer` times `depth` rows of `units` runs of `run`
+// elements. A unit's weights are `depth` runs; their norm is held below `limit`.
+struct Units {
+  std::size_t outer = 1;
+  std::size_t depth = 1;
+  std::size_t units = 1;
+  std::size_t run = 1;
+  double limit = 0.0;
 };
 
 struct Tensor {
   const Kernel* kernel = nullptr;
-  DType dtype = DType::float32;
-  std::size_t count = 0;  // elements
+  std::size_t storage = 0;  // in Storages
+  std::size_t count = 0;    // elements
   Streams streams{};
+  DType dtypes[kStreams] = {};
   const double* coefficients = nullptr;
   const Around* around = nullptr;
-  const Walk* walk = nullptr;  // null: all streams in the parameter's order
+  double clip = 1.0;             // a factor of the gradient
+  const Walk* walk = nullptr;    // null: all streams in the parameter's order
+  const Units* units = nullptr;  // null: no limit
+  RandomKey key{};
+  bool stochastic = false;  // rounding of what is stored in fewer bits than it is computed in
+  bool sum_starts = false;  // nothing is in the accumulator yet
+
+  void set(std::size_t stream, const void* data, DType dtype) {
+    streams.data[stream] = static_cast<std::byte*>(const_cast<void*>(data));
+    dtypes[stream] = dtype;
+  }
 };
 
 // Bytes that a step over this tensor reads and writes.
@@ -39,5 +60,17 @@ void set_serial_bytes(std::size_t bytes);  // 0: every step is divided, as tests
 // Updates all tensors. Arrays that are written must not overlap with any other array of the step. Bits do not depend on
 // `threads`. Returns the instruction set of the kernels that ran (of the active table, if there was nothing to do).
 Isa update(std::span<const Tensor> tensors, std::size_t threads);
+
+// For each tensor the sum of the squares of its gradient, or of what the accumulator holds after it was added. The
+// order of a sum depends on the number of elements alone.
+void measure(std::span<const Tensor> tensors, std::size_t threads, std::span<Squares> sums);
+
+// Adds gradients, times Around::scale, to the accumulators.
+void accumulate(std::span<const Tensor> tensors, std::size_t threads);
+
+void zero_gradients(std::span<const Tensor> tensors, std::size_t threads);
+
+// Exchanges parameters and their averages; mirrors follow the parameters.
+void exchange(std::span<const Tensor> tensors, std::size_t threads);
 
 }  // namespace onepass

@@ -10,6 +10,7 @@ constexpr Isa kIsa = Isa::scalar;
 
 template <class S>
 using Wide = OneLane<S>;
+using WideWords = OneWord;
 
 }  // namespace
 }  // namespace onepass

@@ -39,6 +39,7 @@ std::vector<float> train(std::size_t size, int steps) {
   std::vector<float> exp_avg_sq(size);
 
   const onepass::Kernel* const kernel = onepass::find_kernel(onepass::active_kernels(), "adam");
+  constexpr auto float32 = onepass::DType::float32;
   const onepass::Around around;  // no scale, no L1, no L2, no decay
   for (int t = 1; t <= steps; ++t) {
     for (std::size_t k = 0; k < size; ++k) grad[k] = 2.0F * (param[k] - 3.0F);
@@ -46,9 +47,12 @@ std::vector<float> train(std::size_t size, int steps) {
 
     onepass::Tensor tensor;
     tensor.kernel = kernel;
-    tensor.dtype = onepass::DType::float32;
+    tensor.storage = onepass::find_storage(float32, float32, float32);
     tensor.count = size;
-    tensor.streams = {param.data(), grad.data(), {exp_avg.data(), exp_avg_sq.data()}};  // slots as in kernel->slots
+    tensor.set(onepass::kParam, param.data(), float32);
+    tensor.set(onepass::kGrad, grad.data(), float32);
+    tensor.set(onepass::kFirstSlot, exp_avg.data(), float32);  // slots as in kernel->slots
+    tensor.set(onepass::kFirstSlot + 1, exp_avg_sq.data(), float32);
     tensor.coefficients = coefs.data();
     tensor.around = &around;
     onepass::update({&tensor, 1}, onepass::thread_count());

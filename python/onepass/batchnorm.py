@@ -659,12 +659,12 @@ def _require_eps(eps: float, dtype: np.dtype[Any]) -> None:
 
 
 def _dtype(value: Any) -> np.dtype[Any]:
-    supported = ", ".join(_cpu.dtypes())
+    supported = ", ".join(_cpu.compute_dtypes())
     try:
         dtype: np.dtype[Any] = np.dtype(value)
     except TypeError:
         raise TypeError(f"dtype: expected one of {supported}, got {value!r}") from None
-    if value is None or dtype.name not in _cpu.dtypes() or not dtype.isnative:
+    if value is None or dtype.name not in _cpu.compute_dtypes() or not dtype.isnative:
         raise TypeError(f"dtype: expected one of {supported}, got {value!r}")
     return dtype
 

@@ -9,14 +9,31 @@ Parameters that all update rules share:
 params, grads : sequence of arrays, or one array
     As in :class:`onepass.Optimizer`. ``None`` in the place of a gradient leaves that parameter and its states alone.
 states (``exp_avgs``, ``velocities``, ...) : sequence of arrays, or one array
-    One for each parameter, of its shape and dtype, writable and dense. All zeros before the first step (for AdaGrad:
-    whatever the accumulator shall begin with).
+    One for each parameter, of its shape, writable and dense, of a dtype that goes with the parameter's (the table is
+    in :class:`onepass.Optimizer`). All zeros before the first step (for AdaGrad: whatever the accumulator shall begin
+    with).
 step : int
     The 1-based count of this step, the same for all arrays of the call. The caller counts.
 lr : float or callable
     Learning rate >= 0, or a schedule, called with `step`.
 
-All raise `TypeError` or `ValueError` that names the argument; nothing has been written then.
+What surrounds the update is asked for by the names of :class:`onepass.Optimizer` and :meth:`onepass.Optimizer.step`:
+`grad_scale`, `max_grad_norm`, `clip_norm`, `clip_value`, `nonfinite`, `zero_grads`, `ema_decay`, `max_unit_norm`,
+`gradient_noise`, `seed`, `rounding`. What an optimizer keeps, the caller passes, as arrays or None:
+
+emas : of the parameters' dtypes (float32 with `remainders`); needed with `ema_decay`
+mirrors : bfloat16 or float16; receive the new parameters
+remainders : uint16, zeros before the first step; makes of bfloat16 parameters halves of float32 ones
+accumulators : of the dtype in which steps are computed, with any content; needed with ``accumulate=k`` > 1
+micro_step : int
+    Which of the `k` calls this is, from 1; the last one updates. `step` counts updates. Each parameter of these calls
+    needs a gradient in all of them.
+
+Random numbers depend on a parameter's position in the list. The functions return None, or a :class:`StepReport` where a
+norm was limited or `nonfinite` was not "propagate".
+
+All raise `TypeError` or `ValueError` that names the argument, or `FloatingPointError` for ``nonfinite="raise"``;
+nothing has been written then.
 
 Examples
 --------
@@ -33,10 +50,8 @@ array([0., 0., 0.], dtype=float32)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias, cast
-
-import numpy as np
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 from onepass import _cpu
 from onepass.batchnorm import BatchNormGradients, batch_norm, batch_norm_backward
@@ -44,10 +59,21 @@ from onepass.optim import NAG, SGD, AdaGrad, Adam, AdaSqrt, Momentum, Nadam, Opt
 from onepass.optim import hyper as hp
 from onepass.optim.hyper import LearningRate
 from onepass.optim.optimizer import Array
+from onepass.optim.options import (
+    GROUP_OPTIONS,
+    StepOptions,
+    Unpack,
+    choice,
+    compute_dtype,
+    integer,
+    seed_number,
+    step_options,
+)
 from onepass.optim.structure import is_sequence
 
 __all__ = [
     "BatchNormGradients",
+    "StepReport",
     "adagrad",
     "adam",
     "adamw",
@@ -65,6 +91,42 @@ __all__ = [
 Arrays: TypeAlias = "Array | Sequence[Any]"
 
 
+class FunctionOptions(StepOptions, total=False):
+    """Keyword arguments that every update rule takes beyond its own."""
+
+    emas: Arrays | None
+    ema_decay: float | Callable[[int], float] | None
+    mirrors: Arrays | None
+    max_unit_norm: tuple[float, int | tuple[int, ...]] | None
+    gradient_noise: tuple[float, float] | None
+    seed: int
+    rounding: Literal["nearest", "stochastic"]
+    remainders: Arrays | None
+    accumulators: Arrays | None
+    accumulate: int
+    micro_step: int
+
+
+class StepReport(NamedTuple):
+    """What happened in a step that measured its gradients.
+
+    Attributes
+    ----------
+    grad_norm : float or None
+        The norm of all gradients together, after scaling and before clipping; None if the call only added to a sum.
+    skipped : bool
+        Whether ``nonfinite="skip"`` left everything as it was.
+    """
+
+    grad_norm: float | None
+    skipped: bool
+
+
+_STEP_OPTIONS = tuple(StepOptions.__annotations__)
+_STREAMS = ("emas", "mirrors", "remainders", "accumulators")  # in the order of the compiled module
+_MAX_SLOTS = 3
+
+
 def _apply(
     cls: type[Optimizer],
     params: Arrays,
@@ -72,28 +134,68 @@ def _apply(
     states: Mapping[str, Arrays],
     step: int,
     hyper: Mapping[str, Any],
-) -> None:
+    options: Mapping[str, Any],
+) -> StepReport | None:
     """Update by the rule of `cls`. `states`: the states by argument name, in the order of the rule's slots."""
-    if isinstance(step, bool) or not isinstance(step, (int, np.integer)):
-        raise TypeError(f"step: expected an integer from 1 to 2**62, got {step!r}")
-    if not 1 <= step <= 2**62:
-        raise ValueError(f"step: expected an integer from 1 to 2**62, got {step!r}")
+    step = integer(step, "step", 1, 2**62)
+    for name in options:
+        if name not in FunctionOptions.__annotations__:
+            raise TypeError(f"{name}: is not an argument of functional.{cls.__name__.lower()}")
     single = not is_sequence(params)
-    names = ("params", "grads", *states)
-    lists: list[Sequence[Any]] = []
-    for name, value in zip(names, (params, grads, *states.values()), strict=True):
+
+    def as_list(name: str, value: Any) -> Sequence[Any] | None:
+        if value is None and name in _STREAMS:
+            return None
         if is_sequence(value) == single:
             need = "one array, as params is" if single else "a list or tuple of arrays, as params is"
             raise TypeError(f"{name}: expected {need}, got {type(value).__name__}")
-        lists.append([value] if single else cast("Sequence[Any]", value))
-    values = hp.checked(hyper)
+        return [value] if single else cast("Sequence[Any]", value)
+
+    slots = [as_list(name, value) for name, value in states.items()]
+    unused = [None] * (_MAX_SLOTS - len(slots))
+    extras = [as_list(name, options.get(name)) for name in _STREAMS]
+    listed = cast("Sequence[Any]", as_list("params", params))
+    gradients = cast("Sequence[Any]", as_list("grads", grads))
+    streams = [listed, None, *slots, *unused, *extras]
+    names = ("params", "grads", *states, *("" for _ in unused), *_STREAMS)
+
+    values = hp.checked({**hyper, **{name: options.get(name) for name in GROUP_OPTIONS}})
+    if (extras[0] is None) != (values["ema_decay"] is None):
+        raise ValueError("emas: needed with ema_decay, and only then")
+    seed = seed_number(options.get("seed", 0))
+    rounding = choice(options.get("rounding", "nearest"), "rounding", ("nearest", "stochastic"))
+    accumulate = integer(options.get("accumulate", 1), "accumulate", 1, 2**31 - 1)
+    if (extras[3] is None) != (accumulate == 1):
+        raise ValueError("accumulators: needed with accumulate > 1, and only then")
+    micro_step = options.get("micro_step")
+    if (micro_step is None) != (accumulate == 1):
+        raise TypeError("micro_step: which of the calls of a sum this is, needed with accumulate > 1, and only then")
+    micro_step = 1 if micro_step is None else integer(micro_step, "micro_step", 1, accumulate)
+    step_tuple = step_options({name: options[name] for name in _STEP_OPTIONS if name in options}, "step")
+
     rule = cls.rule(values)
     if any(not 1e-37 < values.get(name, 1.0) < 1e38 for name in ("eps", "eps_root")):  # else no dtype needs a look
-        names_of = ["params"] if single else [f"params[{index}]" for index in range(len(lists[0]))]
-        dtypes = {_cpu.as_ndarray(param, name).dtype for param, name in zip(lists[0], names_of, strict=True)}
+        names_of = ["params"] if single else [f"params[{index}]" for index in range(len(listed))]
+        dtypes = {
+            compute_dtype(_cpu.as_ndarray(param, name).dtype) for param, name in zip(listed, names_of, strict=True)
+        }
         hp.require_representable(values, dtypes)
-    coefficients, scale, l1, l2, decay = cls.surround(values, int(step))
-    _cpu.update(rule, lists[0], lists[1], lists[2:], coefficients, scale, l1, l2, decay, names, single)
+    recipe = cls.surround(values, step)
+    report = _cpu.update(
+        rule,
+        gradients,
+        streams,
+        recipe,
+        step,
+        step_tuple,
+        seed,
+        rounding == "stochastic",
+        (accumulate, micro_step),
+        names,
+        single,
+    )
+    measured = any(options.get(name) is not None for name in ("max_grad_norm", "clip_norm"))
+    return StepReport(*report) if measured or options.get("nonfinite", "propagate") != "propagate" else None
 
 
 def sgd(
@@ -106,9 +208,10 @@ def sgd(
     decoupled_weight_decay: bool = False,
     l1: float = 0.0,
     maximize: bool = False,
-) -> None:
+    **options: Unpack[FunctionOptions],
+) -> StepReport | None:
     """Stochastic gradient descent; see :class:`onepass.SGD`."""
-    _apply(
+    return _apply(
         SGD,
         params,
         grads,
@@ -121,6 +224,7 @@ def sgd(
             "l1": l1,
             "maximize": maximize,
         },
+        options,
     )
 
 
@@ -138,9 +242,10 @@ def momentum(
     decoupled_weight_decay: bool = False,
     l1: float = 0.0,
     maximize: bool = False,
-) -> None:
+    **options: Unpack[FunctionOptions],
+) -> StepReport | None:
     """Gradient descent with momentum; see :class:`onepass.Momentum`."""
-    _apply(
+    return _apply(
         Momentum,
         params,
         grads,
@@ -156,6 +261,7 @@ def momentum(
             "l1": l1,
             "maximize": maximize,
         },
+        options,
     )
 
 
@@ -172,9 +278,10 @@ def nag(
     decoupled_weight_decay: bool = False,
     l1: float = 0.0,
     maximize: bool = False,
-) -> None:
+    **options: Unpack[FunctionOptions],
+) -> StepReport | None:
     """Nesterov's accelerated gradient; `params` are the look-ahead points. See :class:`onepass.NAG`."""
-    _apply(
+    return _apply(
         NAG,
         params,
         grads,
@@ -189,6 +296,7 @@ def nag(
             "l1": l1,
             "maximize": maximize,
         },
+        options,
     )
 
 
@@ -206,9 +314,10 @@ def adagrad(
     decoupled_weight_decay: bool = False,
     l1: float = 0.0,
     maximize: bool = False,
-) -> None:
+    **options: Unpack[FunctionOptions],
+) -> StepReport | None:
     """AdaGrad; see :class:`onepass.AdaGrad`."""
-    _apply(
+    return _apply(
         AdaGrad,
         params,
         grads,
@@ -224,6 +333,7 @@ def adagrad(
             "l1": l1,
             "maximize": maximize,
         },
+        options,
     )
 
 
@@ -239,9 +349,10 @@ def adasqrt(
     decoupled_weight_decay: bool = False,
     l1: float = 0.0,
     maximize: bool = False,
-) -> None:
+    **options: Unpack[FunctionOptions],
+) -> StepReport | None:
     """AdaSqrt; see :class:`onepass.AdaSqrt`."""
-    _apply(
+    return _apply(
         AdaSqrt,
         params,
         grads,
@@ -255,6 +366,7 @@ def adasqrt(
             "l1": l1,
             "maximize": maximize,
         },
+        options,
     )
 
 
@@ -276,7 +388,8 @@ def rmsprop(
     decoupled_weight_decay: bool = False,
     l1: float = 0.0,
     maximize: bool = False,
-) -> None:
+    **options: Unpack[FunctionOptions],
+) -> StepReport | None:
     """RMSprop; see :class:`onepass.RMSprop`.
 
     With `grad_avgs` it is the centered form; `velocities` are needed with momentum > 0, and only then.
@@ -289,7 +402,7 @@ def rmsprop(
         states["velocities"] = velocities
     if (velocities is None) != (momentum == 0.0):
         raise ValueError("velocities: needed with momentum > 0, and only then")
-    _apply(
+    return _apply(
         RMSprop,
         params,
         grads,
@@ -308,6 +421,7 @@ def rmsprop(
             "l1": l1,
             "maximize": maximize,
         },
+        options,
     )
 
 
@@ -328,9 +442,10 @@ def adam(
     decoupled_weight_decay: bool = False,
     l1: float = 0.0,
     maximize: bool = False,
-) -> None:
+    **options: Unpack[FunctionOptions],
+) -> StepReport | None:
     """Adam; see :class:`onepass.Adam`, and :func:`amsgrad` for its `amsgrad`."""
-    _apply(
+    return _apply(
         Adam,
         params,
         grads,
@@ -350,6 +465,7 @@ def adam(
             "l1": l1,
             "maximize": maximize,
         },
+        options,
     )
 
 
@@ -369,9 +485,10 @@ def adamw(
     weight_decay: float = 0.01,
     l1: float = 0.0,
     maximize: bool = False,
-) -> None:
+    **options: Unpack[FunctionOptions],
+) -> StepReport | None:
     """Adam with decoupled weight decay; see :class:`onepass.AdamW`."""
-    _apply(
+    return _apply(
         Adam,
         params,
         grads,
@@ -391,6 +508,7 @@ def adamw(
             "l1": l1,
             "maximize": maximize,
         },
+        options,
     )
 
 
@@ -413,12 +531,13 @@ def amsgrad(
     decoupled_weight_decay: bool = False,
     l1: float = 0.0,
     maximize: bool = False,
-) -> None:
+    **options: Unpack[FunctionOptions],
+) -> StepReport | None:
     """AMSGrad; see :class:`onepass.AMSGrad`, whose default is the paper's: no bias correction.
 
     With ``bias_correction=True`` it is ``Adam(amsgrad=True)``, torch's form; `eps_hat` and `max_of_corrected` as there.
     """
-    _apply(
+    return _apply(
         Adam,
         params,
         grads,
@@ -438,6 +557,7 @@ def amsgrad(
             "l1": l1,
             "maximize": maximize,
         },
+        options,
     )
 
 
@@ -457,9 +577,10 @@ def nadam(
     decoupled_weight_decay: bool = False,
     l1: float = 0.0,
     maximize: bool = False,
-) -> None:
+    **options: Unpack[FunctionOptions],
+) -> StepReport | None:
     """Nadam; see :class:`onepass.Nadam`."""
-    _apply(
+    return _apply(
         Nadam,
         params,
         grads,
@@ -476,4 +597,5 @@ def nadam(
             "l1": l1,
             "maximize": maximize,
         },
+        options,
     )

@@ -36,10 +36,14 @@ def matching_array(value: Any, array: npt.NDArray[Any], label: str) -> npt.NDArr
     return plain
 
 
+def scalar(value: Any) -> Any:
+    """A scalar as it is; files give back a 0-d array for it."""
+    return value[()] if isinstance(value, np.ndarray) and value.ndim == 0 else value
+
+
 def count(value: Any, label: str) -> int:
-    """`value` as an int, if it can be a number of steps. Files give back a 0-d array for it."""
-    if isinstance(value, np.ndarray) and value.ndim == 0:
-        value = value[()]
+    """`value` as an int, if it can be a number of steps."""
+    value = scalar(value)
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{label}: expected an integer from 0 to 2**62, got {value!r}")
     if not 0 <= value <= 2**62:

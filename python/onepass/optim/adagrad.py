@@ -7,6 +7,7 @@ from typing import Any
 
 from onepass.optim.hyper import LearningRate
 from onepass.optim.optimizer import Coefficients, Grads, Optimizer, Params
+from onepass.optim.options import Options, Unpack
 
 
 class AdaGrad(Optimizer):
@@ -29,7 +30,7 @@ class AdaGrad(Optimizer):
         The value of :math:`r_0`, >= 0. Read at construction only.
     lr_decay : float, default 0
         >= 0; divides the learning rate as the formula says.
-    weight_decay, decoupled_weight_decay, l1, maximize, grads
+    weight_decay, decoupled_weight_decay, l1, maximize, grads, **options
         As for every optimizer, see :class:`Optimizer`.
 
     Warnings
@@ -72,6 +73,7 @@ class AdaGrad(Optimizer):
         l1: float = 0.0,
         maximize: bool = False,
         grads: Grads = None,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             params,
@@ -87,6 +89,7 @@ class AdaGrad(Optimizer):
                 "l1": l1,
                 "maximize": maximize,
             },
+            options,
         )
 
     @classmethod

@@ -8,6 +8,7 @@ from typing import Any
 
 from onepass.optim.hyper import LearningRate
 from onepass.optim.optimizer import Coefficients, Grads, Optimizer, Params
+from onepass.optim.options import Options, Unpack
 
 
 class Adam(Optimizer):
@@ -40,7 +41,7 @@ class Adam(Optimizer):
         Divide by the largest second moment. Fixed at construction.
     max_of_corrected : bool, default False
         With `amsgrad`: take the maximum after the correction (Optax) instead of before it (torch).
-    weight_decay, decoupled_weight_decay, l1, maximize, grads
+    weight_decay, decoupled_weight_decay, l1, maximize, grads, **options
         As for every optimizer, see :class:`Optimizer`.
 
     Warnings
@@ -85,6 +86,7 @@ class Adam(Optimizer):
         l1: float = 0.0,
         maximize: bool = False,
         grads: Grads = None,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             params,
@@ -103,6 +105,7 @@ class Adam(Optimizer):
                 "l1": l1,
                 "maximize": maximize,
             },
+            options,
         )
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 from onepass.optim.adam import Adam
 from onepass.optim.hyper import LearningRate
 from onepass.optim.optimizer import Grads, Params
+from onepass.optim.options import Options, Unpack
 
 
 class AdamW(Adam):
@@ -23,7 +24,7 @@ class AdamW(Adam):
         As in :class:`Adam`.
     weight_decay : float, default 0.01
         Finite and >= 0; multiplied by the learning rate of the step.
-    l1, maximize, grads
+    l1, maximize, grads, **options
         As for every optimizer, see :class:`Optimizer`.
 
     Warnings
@@ -65,6 +66,7 @@ class AdamW(Adam):
         l1: float = 0.0,
         maximize: bool = False,
         grads: Grads = None,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             params,
@@ -81,4 +83,5 @@ class AdamW(Adam):
             l1=l1,
             maximize=maximize,
             grads=grads,
+            **options,
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from onepass.optim.hyper import LearningRate
 from onepass.optim.optimizer import Coefficients, Grads, Optimizer, Params
+from onepass.optim.options import Options, Unpack
 
 
 class AdaSqrt(Optimizer):
@@ -25,7 +26,7 @@ class AdaSqrt(Optimizer):
         Learning rate, finite and >= 0, or a schedule: a callable of the 1-based step count `t`.
     eps : float, default 1e-8
         Added to the sum of squares, > 0.
-    weight_decay, decoupled_weight_decay, l1, maximize, grads
+    weight_decay, decoupled_weight_decay, l1, maximize, grads, **options
         As for every optimizer, see :class:`Optimizer`.
 
     Warnings
@@ -63,6 +64,7 @@ class AdaSqrt(Optimizer):
         l1: float = 0.0,
         maximize: bool = False,
         grads: Grads = None,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             params,
@@ -75,6 +77,7 @@ class AdaSqrt(Optimizer):
                 "l1": l1,
                 "maximize": maximize,
             },
+            options,
         )
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 from onepass.optim.adam import Adam
 from onepass.optim.hyper import LearningRate
 from onepass.optim.optimizer import Grads, Params
+from onepass.optim.options import Options, Unpack
 
 
 class AMSGrad(Adam):
@@ -28,7 +29,7 @@ class AMSGrad(Adam):
         Added outside and inside the root, >= 0, not both 0.
     bias_correction : bool, default False
         True divides :math:`m_t` by :math:`1 - \beta_1^t` and :math:`w_t` by :math:`1 - \beta_2^t`.
-    weight_decay, decoupled_weight_decay, l1, maximize, grads
+    weight_decay, decoupled_weight_decay, l1, maximize, grads, **options
         As for every optimizer, see :class:`Optimizer`.
 
     Warnings
@@ -69,6 +70,7 @@ class AMSGrad(Adam):
         l1: float = 0.0,
         maximize: bool = False,
         grads: Grads = None,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             params,
@@ -83,4 +85,5 @@ class AMSGrad(Adam):
             l1=l1,
             maximize=maximize,
             grads=grads,
+            **options,
         )

@@ -67,6 +67,43 @@ def _learning_rate_or_schedule(value: Any, name: str) -> LearningRate:
     return real(value, name, "a finite number >= 0 or a callable of the step count", lambda x: 0.0 <= x < math.inf)
 
 
+def _average_decay(value: Any, name: str) -> LearningRate | None:
+    if value is None:
+        return None
+    if callable(value) and not isinstance(value, type):
+        schedule: Callable[[int], float] = value
+        return schedule
+    return real(value, name, "a number in [0, 1), a callable of the step count or None", lambda x: 0.0 <= x < 1.0)
+
+
+def average_decay(value: Any, name: str) -> float:
+    """The value of an average's decay or of its schedule at one step, checked."""
+    return _fraction(value, name)
+
+
+def _unit_norm(value: Any, name: str) -> tuple[float, tuple[int, ...]] | None:
+    if value is None:
+        return None
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name}: expected a pair (limit, axis) or None, got {value!r}")
+    limit = real(value[0], f"{name}[0]", "a finite number > 0", lambda x: 0.0 < x < math.inf)
+    given = value[1] if isinstance(value[1], (tuple, list)) else (value[1],)
+    if not given or not all(isinstance(axis, (int, np.integer)) and not isinstance(axis, bool) for axis in given):
+        raise TypeError(f"{name}[1]: expected an axis or a tuple of axes, got {value[1]!r}")
+    axes = tuple(int(axis) for axis in given)
+    if not all(-64 <= axis < 64 for axis in axes):
+        raise ValueError(f"{name}[1]: expected an axis or a tuple of axes, got {value[1]!r}")
+    return limit, axes
+
+
+def _noise(value: Any, name: str) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name}: expected a pair (eta, gamma) or None, got {value!r}")
+    return _nonnegative(value[0], f"{name}[0]"), _nonnegative(value[1], f"{name}[1]")
+
+
 RANGES: dict[str, Callable[[Any, str], Any]] = {
     "lr": _learning_rate_or_schedule,
     "betas": _betas,
@@ -88,6 +125,9 @@ RANGES: dict[str, Callable[[Any, str], Any]] = {
     "eps_hat": flag,
     "amsgrad": flag,
     "max_of_corrected": flag,
+    "ema_decay": _average_decay,
+    "max_unit_norm": _unit_norm,
+    "gradient_noise": _noise,
 }
 
 
@@ -101,6 +141,11 @@ def checked(values: Mapping[str, Any], prefix: str = "{}") -> Hyper:
     if hyper.get("max_of_corrected", False) and not hyper["amsgrad"]:
         raise ValueError(f"{prefix.format('max_of_corrected')}: needs amsgrad=True")
     return hyper
+
+
+def shown(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The hyper-parameters that a repr shows: options that are not used are left out."""
+    return [(name, value) for name, value in values.items() if value is not None]
 
 
 def require_representable(hyper: Mapping[str, Any], dtypes: set[np.dtype[Any]], prefix: str = "{}") -> None:
@@ -172,5 +217,5 @@ class ParamGroup(MutableMapping[str, Any]):
     __hash__ = object.__hash__
 
     def __repr__(self) -> str:
-        values = ", ".join(f"{name}={value!r}" for name, value in self._hyper.items())
+        values = ", ".join(f"{name}={value!r}" for name, value in shown(self._hyper))
         return f"ParamGroup({len(self._params)} parameters, {values})"

@@ -7,6 +7,7 @@ from typing import Any
 
 from onepass.optim.hyper import LearningRate
 from onepass.optim.optimizer import Coefficients, Grads, Optimizer, Params
+from onepass.optim.options import Options, Unpack
 
 
 class Momentum(Optimizer):
@@ -34,7 +35,7 @@ class Momentum(Optimizer):
         In [0, 1]. Not applied to a parameter's first gradient.
     lr_in_velocity : bool, default True
         Whether the velocity accumulates steps (True: the lectures, Keras) or gradients (False: torch).
-    weight_decay, decoupled_weight_decay, l1, maximize, grads
+    weight_decay, decoupled_weight_decay, l1, maximize, grads, **options
         As for every optimizer, see :class:`Optimizer`.
 
     Warnings
@@ -79,6 +80,7 @@ class Momentum(Optimizer):
         l1: float = 0.0,
         maximize: bool = False,
         grads: Grads = None,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             params,
@@ -93,6 +95,7 @@ class Momentum(Optimizer):
                 "l1": l1,
                 "maximize": maximize,
             },
+            options,
         )
 
     @classmethod

@@ -8,6 +8,7 @@ from typing import Any
 
 from onepass.optim.hyper import LearningRate
 from onepass.optim.optimizer import Coefficients, Grads, Optimizer, Params
+from onepass.optim.options import Options, Unpack
 
 
 class Nadam(Optimizer):
@@ -34,7 +35,7 @@ class Nadam(Optimizer):
         Added outside and inside the root, >= 0, not both 0.
     momentum_decay : float, default 0.004
         >= 0. How fast :math:`\mu_t` rises from about :math:`\beta_1 / 2` to :math:`\beta_1`; ``math.inf``: at once.
-    weight_decay, decoupled_weight_decay, l1, maximize, grads
+    weight_decay, decoupled_weight_decay, l1, maximize, grads, **options
         As for every optimizer, see :class:`Optimizer`.
 
     Warnings
@@ -76,6 +77,7 @@ class Nadam(Optimizer):
         l1: float = 0.0,
         maximize: bool = False,
         grads: Grads = None,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             params,
@@ -91,6 +93,7 @@ class Nadam(Optimizer):
                 "l1": l1,
                 "maximize": maximize,
             },
+            options,
         )
 
     @classmethod

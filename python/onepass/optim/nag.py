@@ -10,6 +10,7 @@ import numpy as np
 from onepass import _cpu
 from onepass.optim.hyper import LearningRate
 from onepass.optim.optimizer import Coefficients, Grads, Optimizer, Params
+from onepass.optim.options import Options, Unpack, compute_dtype
 
 
 class NAG(Optimizer):
@@ -36,7 +37,7 @@ class NAG(Optimizer):
         :math:`\mu`, in [0, 1).
     lr_in_velocity : bool, default True
         Whether the velocity accumulates steps (True: the lectures, Keras) or gradients (False: torch).
-    weight_decay, decoupled_weight_decay, l1, maximize, grads
+    weight_decay, decoupled_weight_decay, l1, maximize, grads, **options
         As for every optimizer, see :class:`Optimizer`.
 
     Warnings
@@ -77,6 +78,7 @@ class NAG(Optimizer):
         l1: float = 0.0,
         maximize: bool = False,
         grads: Grads = None,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             params,
@@ -90,6 +92,7 @@ class NAG(Optimizer):
                 "l1": l1,
                 "maximize": maximize,
             },
+            options,
         )
 
     @classmethod
@@ -110,6 +113,8 @@ class NAG(Optimizer):
     def weights(self) -> Any:
         r"""Return the plain weights :math:`W = p + \mu v` as new NumPy arrays, in the structure of the parameters.
 
+        They are in the type in which steps are computed: float32, or float64 for parameters of that dtype.
+
         With ``lr_in_velocity=False`` they are :math:`p + \mathrm{lr} \mu v`. Momentum and learning rate are those that
         are set now; a schedule is asked for the rate of the parameter's last step.
         """
@@ -121,5 +126,8 @@ class NAG(Optimizer):
                 # The coefficient with which the velocity enters the parameter.
                 mu_v = self.surround(self._hyper[groups[index]], max(1, t))[0]["step_v"]
                 array = _cpu.as_ndarray(param, names[index])
-                flat.append(np.asarray(array + array.dtype.type(mu_v) * self.state[index]["velocity"]))
+                compute = compute_dtype(array.dtype)
+                value = self._masters[index]() if self._masters else array.astype(compute, copy=False)
+                velocity = self.state[index]["velocity"].astype(compute, copy=False)
+                flat.append(np.asarray(value + compute.type(mu_v) * velocity))
         return self._structure.rebuild(flat)

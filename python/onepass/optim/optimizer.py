@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import bisect
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +15,19 @@ import numpy.typing as npt
 from onepass import _cpu
 from onepass.optim import hyper as hp
 from onepass.optim.hyper import Hyper, LearningRate, ParamGroup
+from onepass.optim.options import (
+    Options,
+    StepOptions,
+    Unpack,
+    compute_dtype,
+    integer,
+    seed_number,
+    split_options,
+    state_dtype_for,
+    step_options,
+)
 from onepass.optim.structure import parse_groups
-from onepass.state_dicts import count, entries, matching_array
+from onepass.state_dicts import count, entries, matching_array, scalar
 
 
 class SupportsDLPack(Protocol):
@@ -28,40 +40,104 @@ Array: TypeAlias = "npt.NDArray[Any] | SupportsDLPack"
 Params: TypeAlias = "Array | Sequence[Array] | Mapping[str, Array] | Sequence[Mapping[str, Any]]"
 Grads: TypeAlias = "Array | Sequence[Any] | Mapping[str, Any] | None"
 Coefficients: TypeAlias = dict[str, float]
-Surrounded: TypeAlias = tuple[Coefficients, float, float, float, float]
+UnitNorm: TypeAlias = "tuple[float, tuple[int, ...]] | None"
+
+
+class Surrounded(NamedTuple):
+    """A rule's coefficients for one step, and those of what surrounds it, in float64."""
+
+    coefficients: Coefficients
+    sign: float  # -1 to maximize
+    l1: float
+    l2: float
+    decay: float
+    ema_decay: float | None
+    noise: float  # standard deviation
+    max_unit_norm: UnitNorm
+
 
 RULES: dict[str, Mapping[str, Any]] = {row["name"]: row for row in _cpu.registry() if not row["yardstick"]}
 
 _NOT_GIVEN: Any = object()
 
+_ENTRIES = ("optimizer", "param_groups", "state", "seed", "skipped", "accumulated", "ema_swapped")
+
 
 class Optimizer:
-    """What all optimizers have in common. Use one of its subclasses.
+    r"""What all optimizers have in common. Use one of its subclasses.
 
     Parameters
     ----------
     params : array, sequence of arrays, dict of name -> array, or list of groups
         The arrays that :meth:`step` changes in place: NumPy arrays, or anything that exports ``__dlpack__`` on the CPU
-        (a torch tensor), of dtype float32 or float64 and any shape. Each must be writable and dense in memory (C,
-        Fortran or any permuted order). A group is a dict ``{"params": ..., name: value, ...}`` whose hyper-parameters
-        replace the ones given to the constructor for its own ``params``.
+        (a torch tensor), of dtype float32, float64, bfloat16 or float16 and any shape. Each must be writable and dense
+        in memory (C, Fortran or any permuted order). A group is a dict ``{"params": ..., name: value, ...}`` whose
+        hyper-parameters replace the ones given to the constructor for its own ``params``.
     grads : optional
         Gradient buffers that never change, bound once; then ``step()`` needs no argument.
+    weight_decay : float, default 0
+        Coupled (added to the gradient, times the parameter), or with `decoupled_weight_decay` apart from it.
+    l1 : float, default 0
+        Added to the gradient, times the parameter's sign.
+    maximize : bool, default False
+        Go up the gradient.
+    ema_decay : float in [0, 1) or callable, optional, per group
+        Keep a moving average of the parameters in :attr:`ema`: :math:`e = d e + (1 - d) p` with the new `p`, and
+        :math:`e = p` at a parameter's first step. A callable gets the 1-based step count.
+    max_unit_norm : (limit, axis), optional, per group
+        After each update scale the weights that lead into a unit back to this Euclidean norm where they exceed it.
+        `axis` (an int or a tuple) names the axes along which one unit's weights lie, as in :func:`numpy.linalg.norm`:
+        0 for a matrix of shape (inputs, units), 1 for (units, inputs), (1, 2, 3) for a kernel (units, inputs, h, w).
+    gradient_noise : (eta, gamma), optional, per group
+        Add normal noise of variance :math:`\eta / (1 + t)^\gamma` to each element of the gradient, after clipping.
+    mirror : arrays of bfloat16 or float16, optional
+        Receive the new parameters, rounded to nearest. They mirror `params`; None for a parameter without one.
+    accumulate : int, default 1
+        Update at every `accumulate`-th call of :meth:`step`, with the mean of the gradients of all of them.
+    seed : int, default 0
+        Of the random numbers for `gradient_noise` and `rounding`, which are a function of the seed, a parameter's step
+        count and position, and an element's position in memory. Optimizers of the same seed draw the same numbers.
+    state_dtype : dtype, optional
+        Of the states, where it is not the dtype in which steps are computed (float32, or float64 for such parameters).
+    rounding : "nearest" or "stochastic", default "nearest"
+        How parameters, states and averages are rounded that are stored in fewer bits than they are computed in.
+        "stochastic" rounds up or down with the probability that makes the mean exact.
+    master : "split", optional
+        Keep what rounding takes from parameters of bfloat16 as a state (`remainder`, 16 bits), so that they train as
+        if they were float32; :attr:`master` puts both together.
+
+    Notes
+    -----
+    Everything beyond the update itself happens in the same pass over memory and costs no more than the bytes it adds.
+    Parameter, gradient and states may be stored as float32, float32, float32; float32, bfloat16, float32; float32,
+    float16, float32; float32, float32, bfloat16; bfloat16, bfloat16, float32; bfloat16, bfloat16, bfloat16; bfloat16,
+    float32, float32; float16, float16, float32; float64, float64, float64.
 
     Raises
     ------
     TypeError, ValueError
         With the name of the argument, before anything is changed.
+
+    References
+    ----------
+    .. [1] A. Neelakantan et al., "Adding gradient noise improves learning for very deep networks", arXiv:1511.06807
+       (2015): `gradient_noise`.
+    .. [2] N. Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", JMLR 15 (2014),
+       section 5.1: `max_unit_norm`.
+    .. [3] J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011: the random numbers.
     """
 
     #: Hyper-parameters that have done their work when the constructor returns.
     _construction_only: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, params: Params, grads: Grads, hyper: Mapping[str, Any]) -> None:
+    def __init__(self, params: Params, grads: Grads, hyper: Mapping[str, Any], options: Options) -> None:
         structure, arrays, overrides = parse_groups(params)
-        defaults = hp.checked(hyper)
+        of_group, storage = split_options(options, type(self).__name__)
+        defaults = hp.checked({**hyper, **of_group})
         names = structure.names("params", "['params']")
         several = structure.kind == "groups"
+        self._storage = storage
+        mirrors = structure.flatten(storage.mirror, "mirror") if storage.mirror is not None else [None] * structure.size
 
         flat: list[Any] = []
         group_of: list[int] = []
@@ -69,6 +145,7 @@ class Optimizer:
         self._hyper: list[Hyper] = []
         self._dtypes: list[set[np.dtype[Any]]] = []
         self._rules: list[str] = []
+        self._masters: list[Callable[[], npt.NDArray[Any]]] = []
         for index, (group, own) in enumerate(zip(arrays, overrides, strict=True)):
             prefix = f"params[{index}]['{{}}']" if several else "{}"
             for name in own:
@@ -82,12 +159,13 @@ class Optimizer:
             if rule not in RULES:
                 raise TypeError(f"{type(self).__name__}.rule() gave {rule!r}; the rules are {', '.join(RULES)}")
             like = [_cpu.as_ndarray(array, names[len(flat) + k]) for k, array in enumerate(group)]
-            dtypes = {array.dtype for array in like}
+            dtypes = {compute_dtype(array.dtype) for array in like}
             hp.require_representable(values, dtypes, prefix)
-            slots, start = RULES[rule]["slots"], self._initial_state(values)
-            states.extend({name: _cpu.state_like(array, start) for name in slots} for array in like)
+            start = self._initial_state(values)
+            for array in like:
+                states.append(self._states_of(array, names[len(flat)], RULES[rule]["slots"], start, values))
+                flat.append(group[len(flat) - len(group_of)])
             group_of.extend([index] * len(group))
-            flat.extend(group)
             self._hyper.append(values)
             self._dtypes.append(dtypes)
             self._rules.append(rule)
@@ -101,10 +179,22 @@ class Optimizer:
             groups=self._rules,
             group_of=group_of,
             params=flat,
-            slots=[tuple(state.values()) for state in states],
+            slots=[
+                tuple(state[slot] for slot in RULES[self._rules[index]]["slots"])
+                for state, index in zip(states, group_of, strict=True)
+            ],
+            extras=[
+                (state.get("ema"), mirror, state.get("remainder"), state.get("accumulator"))
+                for state, mirror in zip(states, mirrors, strict=True)
+            ],
             param_names=names,
             grad_names=structure.names("grads"),
+            mirror_names=structure.names("mirror"),
+            seed=storage.seed,
+            stochastic=storage.stochastic,
+            accumulate=storage.accumulate,
         )
+        self._swapped = False
         self._bound = None if grads is None else tuple(structure.flatten(grads, "grads"))
         self._updater.check(self._bound)
         self._state = tuple(MappingProxyType(state) for state in states)
@@ -113,6 +203,25 @@ class Optimizer:
             ParamGroup(tuple(group), values, functools.partial(self._check_changes, rule, dtypes))
             for group, values, rule, dtypes in zip(arrays, self._hyper, self._rules, self._dtypes, strict=True)
         )
+
+    def _states_of(
+        self, array: npt.NDArray[Any], name: str, slots: Sequence[str], start: float, values: Hyper
+    ) -> dict[str, npt.NDArray[Any]]:
+        """New state arrays of one parameter, by name."""
+        compute, split = compute_dtype(array.dtype), self._storage.split
+        dtype = state_dtype_for(array.dtype, self._storage.state_dtype, name)
+        state = {slot: _cpu.state_like(array, start, dtype) for slot in slots}
+        if split:
+            if array.dtype.name != "bfloat16":
+                raise TypeError(f"master: 'split' needs parameters of bfloat16, and {name} is {array.dtype}")
+            state["remainder"] = _cpu.state_like(array, 0.0, np.dtype(np.uint16))
+            self._masters.append(functools.partial(_joined, array, state["remainder"]))
+        if values["ema_decay"] is not None:
+            state["ema"] = _cpu.state_like(array, 0.0, compute if split else array.dtype)
+            state["ema"][...] = array
+        if self._storage.accumulate > 1:
+            state["accumulator"] = _cpu.state_like(array, 0.0, compute)
+        return state
 
     # What a subclass says of itself
 
@@ -128,7 +237,7 @@ class Optimizer:
 
     @classmethod
     def surround(cls, hyper: Mapping[str, Any], t: int) -> Surrounded:
-        """The recipe's coefficients with what surrounds every rule: gradient scale, L1, L2, decay."""
+        """The recipe's coefficients with those of what surrounds the rule."""
         lr = hyper["lr"]
         if callable(lr):
             lr = hp.learning_rate(lr(t), f"lr({t})")
@@ -136,7 +245,20 @@ class Optimizer:
         l2, decay = weight_decay, 1.0
         if hyper["decoupled_weight_decay"]:
             l2, decay = 0.0, 1.0 - lr * weight_decay
-        return cls.recipe(hyper, lr, t), -1.0 if hyper["maximize"] else 1.0, hyper["l1"], l2, decay
+        ema_decay = hyper["ema_decay"]
+        if callable(ema_decay):
+            ema_decay = hp.average_decay(ema_decay(t), f"ema_decay({t})")
+        noise = hyper["gradient_noise"]
+        return Surrounded(
+            cls.recipe(hyper, lr, t),
+            -1.0 if hyper["maximize"] else 1.0,
+            hyper["l1"],
+            l2,
+            decay,
+            ema_decay,
+            0.0 if noise is None else _noise_deviation(noise[0], noise[1], t),
+            hyper["max_unit_norm"],
+        )
 
     @classmethod
     def _initial_state(cls, hyper: Mapping[str, Any]) -> float:
@@ -145,31 +267,103 @@ class Optimizer:
 
     # Stepping
 
-    def step(self, grads: Grads = _NOT_GIVEN) -> None:
-        """Update all parameters in place, in one pass over memory.
+    def step(self, grads: Grads = _NOT_GIVEN, **options: Unpack[StepOptions]) -> None:
+        r"""Update all parameters in place, in one pass over memory.
 
         Parameters
         ----------
         grads : mirrors `params`
             One array for one array, a sequence for a sequence, a dict for a dict, a list with one entry for each group
-            for groups. Each gradient has its parameter's shape and dtype; any strides are allowed (other than the
-            parameter's are slower). ``None`` in the place of a gradient leaves that parameter, its states and its step
-            count alone. May be left out if gradients were bound at construction.
+            for groups. Each gradient has its parameter's shape, and a dtype that goes with the parameter's (see
+            :class:`Optimizer`); any strides are allowed (other than the parameter's are slower). ``None`` in the place
+            of a gradient leaves that parameter, its states and its step count alone. May be left out if gradients were
+            bound at construction.
+        grad_scale : float > 0, default 1
+            Multiplies the gradients, which are not written.
+        max_grad_norm : float > 0, optional
+            Clip by the norm of all gradients together: where it exceeds the limit, all are multiplied by limit / norm.
+            A norm of NaN makes all NaN. ``inf`` only measures, see :attr:`grad_norm`.
+        clip_norm : float > 0, optional
+            The same for each gradient by its own norm.
+        clip_value : float > 0, optional
+            Clip each element to plus or minus this; NaN stays NaN. One of the three clippings at most.
+        nonfinite : "propagate", "skip" or "raise", default "propagate"
+            What to do if a gradient holds inf or NaN: "skip" changes no parameter, state or count, and counts in
+            :attr:`skipped`; "raise" names the gradient.
+        zero_grads : bool, default False
+            Write zeros into the gradients when they have been read (after a skipped step too).
 
         Raises
         ------
         TypeError, ValueError
             With the name of the argument: wrong structure, shape, dtype, layout, arrays that overlap, a schedule that
             returns no number. Parameters, states and step counts are as before.
+        FloatingPointError
+            A gradient is not finite, and ``nonfinite="raise"``. Nothing has changed.
         RuntimeError
-            If this optimizer is in the middle of a step already (another thread, or a schedule that calls `step`).
+            If this optimizer is in the middle of a step already (another thread, or a schedule that calls `step`), or
+            if parameters and averages are exchanged (:meth:`swap_ema`).
         """
+        if self._swapped:
+            raise RuntimeError("parameters and averages are exchanged; call swap_ema() before the next step")
         if grads is _NOT_GIVEN:
             if self._bound is None:
                 raise TypeError("grads: step() needs gradients, because none were bound at construction")
-            self._updater.step(self._bound, self._recipes)
+            flat: Sequence[Any] = self._bound
         else:
-            self._updater.step(self._structure.flatten(grads, "grads"), self._recipes)
+            flat = self._structure.flatten(grads, "grads")
+        self._updater.step(flat, self._recipes, step_options(options, "step()"))
+
+    @property
+    def grad_norm(self) -> float | None:
+        """The norm of all gradients of the last step together, after scaling and before clipping.
+
+        None if it was not measured: the step neither clipped by a norm nor looked for what is not finite, or it only
+        added to a sum of gradients.
+        """
+        return self._updater.grad_norm
+
+    @property
+    def skipped(self) -> int:
+        """How many steps ``nonfinite="skip"`` has skipped."""
+        return self._updater.skipped
+
+    @property
+    def accumulated(self) -> int:
+        """How many gradients are in the sum that the next update will use; see `accumulate`."""
+        return self._updater.accumulated
+
+    # Averages and masters
+
+    @property
+    def ema(self) -> Any:
+        """The moving averages, in the structure of the parameters: None for those of groups without `ema_decay`.
+
+        They are the arrays in :attr:`state`, of the parameters' dtype (float32 with ``master="split"``). None if no
+        group has averages.
+        """
+        arrays = [state.get("ema") for state in self._state]
+        return None if all(array is None for array in arrays) else self._structure.rebuild(arrays)
+
+    def swap_ema(self) -> None:
+        """Exchange parameters and averages, in place; `mirror` follows. A second call exchanges them back, exactly.
+
+        Raises
+        ------
+        RuntimeError
+            If there are no averages, or in the middle of a step.
+        """
+        if all("ema" not in state for state in self._state):
+            raise RuntimeError("there are no averages; pass ema_decay= to the constructor")
+        self._updater.swap_ema()
+        self._swapped = not self._swapped
+
+    @property
+    def master(self) -> Any:
+        """With ``master="split"`` the float32 values of the parameters, as new arrays in their structure; else None."""
+        if not self._masters:
+            return None
+        return self._structure.rebuild([joined() for joined in self._masters])
 
     # Hyper-parameters
 
@@ -204,7 +398,7 @@ class Optimizer:
             if name in cls._construction_only:
                 raise ValueError(f"{name}: is only read when the optimizer is made, and cannot be changed later")
         values = hp.checked({**current, **changes})
-        if cls.rule(values) != rule:
+        if cls.rule(values) != rule or (values["ema_decay"] is None) != (current["ema_decay"] is None):
             raise ValueError(f"{', '.join(changes)}: decides which states exist, and cannot be changed later")
         hp.require_representable(values, dtypes)
         return values
@@ -228,7 +422,9 @@ class Optimizer:
         -------
         dict
             ``{"optimizer": name, "param_groups": [{"params": [indices], name: value, ...}], "state": {index: {"step":
-            count, name: array, ...}}}``. Arrays are copies. Parameters are not part of it.
+            count, name: array, ...}}, "seed": int, "skipped": int, "accumulated": int, "ema_swapped": bool}``. With
+            `accumulate` each state has "received" too: its gradients in the sum. Arrays are copies. Parameters are not
+            part of it.
         """
         with self._updater:
             groups: list[dict[str, Any]] = []
@@ -237,14 +433,22 @@ class Optimizer:
                 stop = start + len(group["params"])
                 groups.append({"params": list(range(start, stop)), **values})
                 start = stop
-            counts = self._updater.counts
+            counts, received = self._updater.counts, self._updater.received
             return {
                 "optimizer": type(self).__name__,
                 "param_groups": groups,
                 "state": {
-                    index: {"step": counts[index], **{name: array.copy(order="K") for name, array in arrays.items()}}
+                    index: {
+                        "step": counts[index],
+                        **({"received": received[index]} if self._storage.accumulate > 1 else {}),
+                        **{name: array.copy(order="K") for name, array in arrays.items()},
+                    }
                     for index, arrays in enumerate(self._state)
                 },
+                "seed": self._updater.seed,
+                "skipped": self._updater.skipped,
+                "accumulated": self._updater.accumulated,
+                "ema_swapped": self._swapped,
             }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -257,28 +461,43 @@ class Optimizer:
             then.
         """
         with self._updater:
-            groups = self._read_groups(entries(state_dict, "state_dict", ("optimizer", "param_groups", "state")))
-            counts, copies = self._read_state(state_dict["state"])
+            groups = self._read_groups(entries(state_dict, "state_dict", _ENTRIES))
+            counts, received, copies = self._read_state(state_dict["state"])
+            seed = seed_number(scalar(state_dict["seed"]))
+            skipped = count(state_dict["skipped"], "skipped")
+            accumulated = integer(scalar(state_dict["accumulated"]), "accumulated", 0, self._storage.accumulate - 1)
+            for index, number in enumerate(received):
+                integer(number, f"state[{index}]['received']", 0, accumulated)
+            swapped = hp.flag(scalar(state_dict["ema_swapped"]), "ema_swapped")
+            if swapped and all("ema" not in state for state in self._state):
+                raise ValueError("ema_swapped: is True, and this optimizer keeps no averages")
             # From here on nothing can fail.
             self._updater.counts = counts
+            self._updater.seed = seed
+            self._updater.skipped = skipped
+            self._updater.set_sums(accumulated, received)
+            self._swapped = swapped
             for array, value in copies:
                 np.copyto(array, value)
             for values, loaded in zip(self._hyper, groups, strict=True):
                 values.update(loaded)
 
-    def _read_state(self, given: Any) -> tuple[list[int], list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]]:
+    def _read_state(self, given: Any) -> tuple[list[int], list[int], list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]]:
         saved = entries(given, "state", range(len(self._flat)))
+        summed = ("received",) if self._storage.accumulate > 1 else ()
         own = sorted(_extent(array) for arrays in self._state for array in arrays.values())
         counts: list[int] = []
+        received: list[int] = []
         copies: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
         for index, arrays in enumerate(self._state):
-            entry = entries(saved[index], f"state[{index}]", ("step", *arrays))
+            entry = entries(saved[index], f"state[{index}]", ("step", *summed, *arrays))
             counts.append(count(entry["step"], f"state[{index}]['step']"))
+            received.append(count(entry["received"], f"state[{index}]['received']") if summed else 0)
             for name, array in arrays.items():
                 value = matching_array(entry[name], array, f"state[{index}][{name!r}]")
                 # What lies in this optimizer's own arrays may be overwritten before it is read.
                 copies.append((array, value.copy() if _meets(_extent(value), own) else value))
-        return counts, copies
+        return counts, received, copies
 
     def _read_groups(self, state_dict: Mapping[str, Any]) -> list[Hyper]:
         name = type(self).__name__
@@ -298,6 +517,8 @@ class Optimizer:
             if not isinstance(given, (list, tuple)) or list(given) != members:
                 raise ValueError(f"{label}['params']: expected {members}")
             loaded = hp.checked(entry, label + "['{}']")
+            if (loaded["ema_decay"] is None) != (values["ema_decay"] is None):
+                raise ValueError(f"{label}['ema_decay']: decides which states exist, and cannot be changed later")
             if self.rule(loaded) != self._rules[index]:
                 raise ValueError(f"{label}: needs the states of {self.rule(loaded)}, not of {self._rules[index]}")
             hp.require_representable(loaded, self._dtypes[index], label + "['{}']")
@@ -312,9 +533,26 @@ class Optimizer:
 
     def __repr__(self) -> str:
         groups = ", ".join(
-            "{" + ", ".join(f"{name}={value!r}" for name, value in values.items()) + "}" for values in self._hyper
+            "{" + ", ".join(f"{name}={value!r}" for name, value in hp.shown(values)) + "}" for values in self._hyper
         )
         return f"{type(self).__name__}({len(self._flat)} parameters, {groups})"
+
+
+def _noise_deviation(eta: float, gamma: float, t: int) -> float:
+    """The root of eta / (1 + t)**gamma; 0 where the power is beyond the range of float64."""
+    try:
+        return math.sqrt(eta / (1.0 + t) ** gamma)
+    except OverflowError:
+        return 0.0
+
+
+def _joined(high: npt.NDArray[Any], low: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The float32 numbers of split ones."""
+    upper = high.view(np.uint16)
+    magnitude, missing = upper & 0x7FFF, low.view(np.int16)
+    alone = (magnitude == 0) | ((magnitude == 0x7F80) & (missing > 0))  # somebody wrote a zero or an infinity
+    bits = (upper.astype(np.uint32) << 16) + np.where(alone, 0, missing).astype(np.int32).view(np.uint32)
+    return bits.view(np.float32)
 
 
 def _extent(array: npt.NDArray[Any]) -> tuple[int, int]:

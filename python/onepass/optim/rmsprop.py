@@ -7,6 +7,7 @@ from typing import Any
 
 from onepass.optim.hyper import LearningRate
 from onepass.optim.optimizer import Coefficients, Grads, Optimizer, Params
+from onepass.optim.options import Options, Unpack
 
 
 class RMSprop(Optimizer):
@@ -43,7 +44,7 @@ class RMSprop(Optimizer):
         Subtract the squared mean of the gradients. Fixed at construction.
     lr_in_velocity : bool, default True
         With momentum: whether the velocity accumulates steps (True: Keras, the lectures) or directions (False: torch).
-    weight_decay, decoupled_weight_decay, l1, maximize, grads
+    weight_decay, decoupled_weight_decay, l1, maximize, grads, **options
         As for every optimizer, see :class:`Optimizer`.
 
     Warnings
@@ -89,6 +90,7 @@ class RMSprop(Optimizer):
         l1: float = 0.0,
         maximize: bool = False,
         grads: Grads = None,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             params,
@@ -106,6 +108,7 @@ class RMSprop(Optimizer):
                 "l1": l1,
                 "maximize": maximize,
             },
+            options,
         )
 
     @classmethod

@@ -7,6 +7,7 @@ from typing import Any
 
 from onepass.optim.hyper import LearningRate
 from onepass.optim.optimizer import Coefficients, Grads, Optimizer, Params
+from onepass.optim.options import Options, Unpack
 
 
 class SGD(Optimizer):
@@ -21,7 +22,7 @@ class SGD(Optimizer):
         What is updated in place; see :class:`Optimizer`.
     lr : float or callable, default 0.01
         Learning rate, finite and >= 0, or a schedule: a callable of the 1-based step count `t`.
-    weight_decay, decoupled_weight_decay, l1, maximize, grads
+    weight_decay, decoupled_weight_decay, l1, maximize, grads, **options
         As for every optimizer, see :class:`Optimizer`.
 
     See Also
@@ -57,6 +58,7 @@ class SGD(Optimizer):
         l1: float = 0.0,
         maximize: bool = False,
         grads: Grads = None,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             params,
@@ -68,6 +70,7 @@ class SGD(Optimizer):
                 "l1": l1,
                 "maximize": maximize,
             },
+            options,
         )
 
     @classmethod

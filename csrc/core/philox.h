@@ -1,0 +1,59 @@
+// Random numbers from a counter: Philox 4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as
+// 1, 2, 3", 2011). What an element gets depends on the seed, the step, the parameter and its own place alone, so it is
+// the same for every instruction set, number of threads and division of the work.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/target.h"
+
+namespace onepass {
+
+// Elements whose numbers are made together: 16 counters of 128 bits are 128 times 16 bits, or 64 times 32.
+inline constexpr std::size_t kRandomGroup = 128;
+
+// Numbers for different purposes have nothing to do with each other.
+enum class Purpose : std::uint32_t { noise = 0, param = 1, param_scaled = 2, ema = 3, first_slot = 4 };
+
+struct RandomKey {
+  std::uint64_t seed;
+  std::uint32_t index;  // of the parameter
+  std::uint64_t t;
+  std::uint32_t purpose;
+};
+
+// The words of the counter of block `block`, but for the first, which is block % 2**32.
+struct CounterTail {
+  std::uint32_t c1, c2, c3;
+};
+HD CounterTail counter_tail(const RandomKey& key, std::uint64_t block) {
+  return {key.index, static_cast<std::uint32_t>(key.t),
+          static_cast<std::uint32_t>((block >> 32U & 0xFFFU) << 20U | key.purpose << 16U | (key.t >> 32U & 0xFFFFU))};
+}
+
+// `L`: a value type of 64-bit lanes of which the lower 32 count: L(x), a ^ b, multiply(a, x) of the lower halves,
+// upper(a). Only the lower halves of the result mean something.
+template <class L>
+struct PhiloxOutput {
+  L word[4];
+};
+
+template <class L>
+HD PhiloxOutput<L> philox(L c0, L c1, L c2, L c3, std::uint64_t seed) {
+  auto k0 = static_cast<std::uint32_t>(seed);
+  auto k1 = static_cast<std::uint32_t>(seed >> 32U);
+  for (int round = 0; round < 10; ++round) {
+    const L a = multiply(c0, 0xD2511F53U);
+    const L b = multiply(c2, 0xCD9E8D57U);
+    c0 = upper(b) ^ c1 ^ L(k0);
+    c1 = b;
+    c2 = upper(a) ^ c3 ^ L(k1);
+    c3 = a;
+    k0 += 0x9E3779B9U;
+    k1 += 0xBB67AE85U;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+}  // namespace onepass
