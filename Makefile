@@ -67,6 +67,7 @@ sanitize: venv ## the suite under AddressSanitizer and UBSan, the thread pool un
 bench: venv ## compare with the peers that are installed; results in bench/results
 	$(BIN)/python bench/peers/optimizers.py
 	$(BIN)/python bench/peers/batchnorm.py
+	$(BIN)/python bench/peers/whole_step.py
 	$(BIN)/python bench/summary.py
 
 clean: ## remove everything that the targets made

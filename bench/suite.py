@@ -80,13 +80,15 @@ def compare(
     *,
     against: str | None = None,
     others: Mapping[str, Step] | None = None,
+    prepare: Step | None = None,
 ) -> dict[str, Samples]:
     """Time ours, the peers and the others in turns; enter into `row` the comparison with one of the peers.
 
-    Without `against` that is the fastest. Without peers ours is timed without a comparison.
+    Without `against` that is the fastest. Without peers ours is timed without a comparison. `prepare` runs before each
+    call of each of them, and is not timed.
     """
     steps = {row.ours: ours, **peers, **(others or {})}
-    samples = method.interleave([Contender(name, step) for name, step in steps.items()], plan)
+    samples = method.interleave([Contender(name, step, prepare) for name, step in steps.items()], plan)
     peer = against if against in peers else min(peers, key=lambda name: float(np.median(samples[name])), default=None)
     row.take(samples, row.ours, peer)
     if peer is not None:

@@ -32,8 +32,8 @@ def times(row: Row) -> str:
 
 def spread(rows: Iterable[Row], digits: int = 2) -> str:
     """Say the least and the largest value of several rows."""
-    values = [row["value"]["value"] for row in rows]
-    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+    values = [row["value"]["value"] for row in rows if row["value"] is not None]
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}" if values else "not measured"
 
 
 def by_case(results: Results) -> dict[str, Row]:
@@ -41,12 +41,12 @@ def by_case(results: Results) -> dict[str, Row]:
     return {row["case"]: row for row in results["rows"]}
 
 
-def heading(results: Results) -> list[str]:
-    """Say where it was measured, and begin the table."""
+def heading(results: Results, what: str = "float32, against torch {torch} and NumPy {numpy}") -> list[str]:
+    """Say where and what was measured, and begin the table."""
     environment = results["environment"]
     return [
-        f"Measured on {environment['cpu']} ({environment['isa']}, {environment['threads']} threads), float32, against "
-        f"torch {environment['torch']} and NumPy {environment['numpy']}; `~`: noisy.",
+        f"Measured on {environment['cpu']} ({environment['isa']}, {environment['threads']} threads), "
+        f"{what.format_map(environment)}; `~`: noisy.",
         "",
         "| case | figure | goal |",
         "|---|---|---|",
@@ -117,6 +117,39 @@ def batchnorm(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
+ISAS = {"AVX-512": "avx512", "AVX2": "avx2"}
+
+
+def whole_step(results: Results) -> str:
+    """Make the Markdown table from the records of one run."""
+    rows = by_case(results)
+
+    def share(row: Row) -> str:
+        return times(row).replace("x", "")
+
+    def of(prefix: str, suffix: str) -> list[Row]:
+        return [row for case, row in rows.items() if case.startswith(prefix) and case.endswith(suffix)]
+
+    rules = "; ".join(f"{name} {spread(of('rules/', f'/{isa}'))}" for name, isa in ISAS.items())
+    stochastic = ", ".join(times(row) for row in of("stochastic/", ""))
+    all_bfloat16 = rows["storage/Adam/bfloat16-bfloat16-bfloat16"]
+    lines = [
+        *heading(results, "16M elements, against torch {torch}"),
+        "| clip, unscale, AdamW, average, bfloat16 copy, zeroed gradients, float32: against torch's six calls "
+        f"| {times(rows['whole/AdamW/torch'])} | 1.6x |",
+        f"| the same: share of the yardstick's speed | {share(rows['whole/AdamW/traffic'])} | 0.9 |",
+        f"| every rule, bfloat16 parameters and gradients: share of the yardstick's speed | {rules} | 0.9 |",
+        f"| Adam, everything in bfloat16, against everything in float32 | {times(all_bfloat16)} | 1.7x |",
+        "| Adam, parameters and gradients in bfloat16, against torch fused "
+        f"| {times(rows['torch/Adam/bfloat16'])} | 1.8x |",
+        "| Adam, stochastic rounding of bfloat16 parameters, of the states too: time relative to rounding to nearest "
+        f"| {stochastic} | 1.3x |",
+        "| Adam, bfloat16 parameters with a split master, against float32 parameters and a bfloat16 copy "
+        f"| {times(rows['split/Adam'])} | 1.1x |",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 @dataclass(frozen=True)
 class Table:
     """One table: the name of its results, its marks in README.md, and how it is made."""
@@ -140,7 +173,11 @@ class Table:
         return f"{before}{begin}\n{block}\n{end}{after}"
 
 
-TABLES = (Table("optimizers", "speed table", optimizers), Table("batchnorm", "batch normalization table", batchnorm))
+TABLES = (
+    Table("optimizers", "speed table", optimizers),
+    Table("batchnorm", "batch normalization table", batchnorm),
+    Table("whole_step", "whole step table", whole_step),
+)
 
 
 def page(text: str, folder: Path = RESULTS) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 import onepass
 from helpers import BareProducer, HandMade, Producer, arrays_of, assert_same_bits, bits, copied, numbers
-from onepass import _cpu, functional
+from onepass import functional
 
 NAN, INF = math.nan, math.inf
 SHAPE, CHANNELS = (4, 3, 5), 3

@@ -24,6 +24,7 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 CHOICES = {
     "optimizers": "traffic/(sgd|amsgrad)/16M/2|import|numpy|^fused/(SGD|Adam)/1M|unfused/Nadam|many|small|subnormal",
     "batchnorm": "numpy|without|copy|fused|^forward/(NHWC/.*56x56|NC/)|^backward/NCHW|^backward-recycled/NHWC/128x512",
+    "whole_step": "^rules/(sgd|adam)/|stochastic|storage|split|whole|torch",
 }
 
 
@@ -42,7 +43,8 @@ suite = load("suite", BENCH / "suite.py")
 summary = load("bench_summary", BENCH / "summary.py")
 optimizers = load("bench_optimizers", BENCH / "peers" / "optimizers.py")
 batchnorm = load("bench_batchnorm", BENCH / "peers" / "batchnorm.py")
-SCRIPTS = {"optimizers": optimizers, "batchnorm": batchnorm}
+whole_step = load("bench_whole_step", BENCH / "peers" / "whole_step.py")
+SCRIPTS = {"optimizers": optimizers, "batchnorm": batchnorm, "whole_step": whole_step}
 
 scripts = pytest.mark.parametrize("name", SCRIPTS)
 
@@ -92,6 +94,9 @@ def test_quick_run_reports_every_kind_and_all_fields(name: str, tmp_path: Path) 
         if row["kind"] in ("traffic", "fused", "unfused", "many") and name == "optimizers":
             assert row["traffic_share"]["value"] > 0.0
             assert row["bytes_per_second"] > 0.0
+        if measured and name == "whole_step":
+            assert (row["traffic_share"] is None) == (row["kind"] == "stochastic")
+            assert row["bytes_per_second"] > 0.0
 
 
 def test_without_torch_rows_say_so(tmp_path: Path) -> None:
@@ -99,19 +104,20 @@ def test_without_torch_rows_say_so(tmp_path: Path) -> None:
     chosen = {
         "optimizers": "fused/SGD/1M|subnormal",
         "batchnorm": "(forward|backward|recycled)/NCHW/32x64x56|copy|fused",
+        "whole_step": "whole|torch",
     }
     rows = {}
     for name, choice in chosen.items():
         run_script(name, "--quick", "--filter", choice, "--out", str(tmp_path), PYTHONPATH=str(tmp_path))
         rows |= {row["case"]: row for row in json.loads((tmp_path / f"{name}.json").read_text())["rows"]}
-    without = ["fused/SGD/1M", "subnormal/Adam/16M/torch"]
+    without = ["fused/SGD/1M", "subnormal/Adam/16M/torch", "whole/AdamW/torch", "torch/Adam/bfloat16"]
     without += [f"{kind}/NCHW/32x64x56x56" for kind in ("forward", "backward", "backward-recycled")]
     for case in without:
         assert rows[case]["value"] is None
         assert rows[case]["note"] in ("no peer: ImportError: hidden by a test", batchnorm.NOT_GLIBC)
     assert rows["fused/SGD/1M"]["ours_seconds"] > 0.0
     assert rows["forward/NCHW/32x64x56x56"]["ours_seconds"] > 0.0
-    for case in ("subnormal/Adam/16M/onepass", "copy/32x64x56x56", "fused/32x64x56x56"):
+    for case in ("subnormal/Adam/16M/onepass", "copy/32x64x56x56", "fused/32x64x56x56", "whole/AdamW/traffic"):
         assert rows[case]["value"] is not None
 
 
@@ -171,6 +177,76 @@ def test_a_state_that_is_not_finite_is_found() -> None:
     data.slots[0][1][9] = np.inf
     with pytest.raises(suite.CheckError, match="not finite"):
         data.require_finite()
+
+
+# --- The whole step ---------------------------------------------------------------------------------------------------
+
+
+def test_every_rule_is_measured_on_both_instruction_sets() -> None:
+    names = run_script("whole_step", "--list").split()
+    assert len(set(names)) == len(names)
+    for row in _cpu.registry():
+        for isa in ("avx512", "avx2"):
+            assert (f"rules/{row['name']}/{isa}" in names) != row["yardstick"]
+
+
+def test_an_instruction_set_is_only_borrowed() -> None:
+    before = _cpu.isa()
+    with whole_step.instruction_set("scalar"):
+        assert _cpu.isa() == "scalar"
+    assert _cpu.isa() == before
+    bench = suite.Bench(suite.QUICK, quick=True)
+    (row,) = whole_step.run_rule("sgd", "avx4096", bench, suite.Case("name", "rules", whole_step.run_rule))
+    assert (row.value, row.note) == (None, "not measured: no avx4096 here")
+
+
+@pytest.mark.parametrize("storage", [whole_step.ALL_FLOAT32, whole_step.STATES_FLOAT32, whole_step.ALL_BFLOAT16])
+def test_arrays_are_stored_and_counted_as_they_should(storage: Any) -> None:
+    data = optimizers.make_data([1000], 2, storage)
+    assert (data.params[0].dtype, data.grads[0].dtype, data.slots[0][1].dtype) == storage
+    for array in (data.params[0], data.grads[0], *data.slots[0]):
+        assert array.size == 1000
+        assert array.ctypes.data % 64 == 0
+    param, grad, state = (dtype.itemsize for dtype in storage)
+    assert data.bytes == 1000 * (2 * param + grad + 4 * state)
+    assert whole_step.bytes_of(data, norm=True, zero_grads=True) == data.bytes + 2000 * grad
+
+
+def test_gradients_differ_from_step_to_step_and_are_clipped() -> None:
+    gradients = whole_step.Gradients(method.aligned(5000))
+    gradients.refill()
+    first = gradients.array.copy()
+    gradients.refill()
+    assert not np.array_equal(gradients.array, first)
+    norm = np.linalg.norm(first.astype(np.float64)) / whole_step.LOSS_SCALE
+    assert norm > 4.0 * gradients.max_norm
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda own, grads, mirror: None, None),
+        (lambda own, grads, mirror: grads.fill(1.0), "gradient is not zero"),
+        (lambda own, grads, mirror: mirror.fill(2.0), "not the rounded parameter"),
+    ],
+)
+def test_a_step_that_leaves_something_out_is_not_timed(spoil: Any, message: str | None) -> None:
+    data = optimizers.make_data([100], 2)
+    gradients = whole_step.Gradients(data.grads[0])
+    averaged = whole_step.Averaged(method.aligned(100), optimizers.zeros(100, whole_step.BFLOAT16))
+
+    def step() -> None:
+        data.params[0] += np.float32(1e-3) * gradients.array
+        averaged.mirror[:] = data.params[0]
+        gradients.array.fill(0.0)
+        spoil(data, gradients.array, averaged.mirror)
+
+    if message is None:
+        made = whole_step.outcome(data, averaged, gradients, step)
+        assert made[0].all()
+        return
+    with pytest.raises(suite.CheckError, match=message):
+        whole_step.outcome(data, averaged, gradients, step)
 
 
 # --- Batch normalization ----------------------------------------------------------------------------------------------
@@ -466,8 +542,25 @@ def test_tables_are_made_of_whatever_was_measured(tmp_path: Path) -> None:
     assert "| forward, the formula in NumPy | 31.2x | 15x |" in page
     assert "geometric mean 2.50x | 1.8x, mean 4x |" in page
     assert "geometric mean not measured | |" in page
+    assert "Not measured yet; `python bench/peers/whole_step.py`" in page
     assert summary.page(page) == summary.page(text)
     assert tuple(batchnorm._name(shape) for shape in batchnorm.SHAPES) == summary.SHAPES
+
+
+def test_the_table_of_the_whole_step(tmp_path: Path) -> None:
+    names = {case.name for case in whole_step.all_cases()} - {"whole/AdamW"} | {
+        "whole/AdamW/torch",
+        "whole/AdamW/traffic",
+    }
+    rows = [made_up(name, "kind", None if name == "rules/sgd/avx512" or "avx2" in name else 2.5) for name in names]
+    method.write_results(rows, {"cpu": "a cpu", "isa": "an isa", "threads": 2, "torch": "1"}, tmp_path, "whole_step")
+    page = summary.page(summary.README.read_text(encoding="utf-8"), tmp_path)
+    assert "Measured on a cpu (an isa, 2 threads), 16M elements, against torch 1; `~`: noisy." in page
+    assert "against torch's six calls | 2.50x | 1.6x |" in page
+    assert "| the same: share of the yardstick's speed | 2.50 | 0.9 |" in page
+    assert "speed | AVX-512 2.50 to 2.50; AVX2 not measured | 0.9 |" in page
+    assert "rounding to nearest | 2.50x, 2.50x | 1.3x |" in page
+    assert tuple(summary.ISAS.values()) == whole_step.ISAS
 
 
 def test_results_are_of_a_clean_commit() -> None:

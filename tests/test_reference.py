@@ -76,9 +76,10 @@ def test_random_numbers_of_an_element(seed, t, start):
     normals = philox.normals(seed, index, t, start, start + 300)
     for offset in range(0, 300, 7):
         e = start + offset
-        words = one_block(seed, index, t, 5, e // 128 * 16 + e % 16)
+        words = one_block(seed, index, t, 1, e // 128 * 16 + e % 16)
         word = words[e // 16 % 8 // 2]
-        assert bits[offset] == (word & 0xFFFF if e // 16 % 2 == 0 else word >> 16)
+        number = word & 0xFFFF if e // 16 % 2 == 0 else word >> 16
+        assert bits[offset] == number * 0x85EB % 2**16  # the factor of the second slot
         words = one_block(seed, index, t, 0, e // 64 * 16 + e % 16)
         pair = words[:2] if e // 16 % 4 < 2 else words[2:]
         exact = box_muller_in_double(*pair)[e // 16 % 2]
@@ -355,9 +356,10 @@ def test_a_split_master_comes_back():
     high, low = narrow.split(master)
     assert (high.dtype, low.dtype) == (BFLOAT16, np.uint16)
     back = narrow.joined(high, low)
-    number = ~np.isnan(master)
-    assert np.array_equal(back.view(np.uint32)[number], bits[number])
-    assert np.isnan(back[~number]).all()
+    nan, small = np.isnan(master), np.abs(master) < np.finfo(np.float32).tiny  # subnormals are zero
+    assert np.array_equal(back.view(np.uint32)[~nan & ~small], bits[~nan & ~small])
+    assert np.isnan(back[nan]).all()
+    assert (np.abs(back[small]) <= np.finfo(np.float32).tiny).all()
 
 
 def test_no_two_masters_share_a_split():

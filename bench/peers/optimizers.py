@@ -26,9 +26,10 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -46,6 +47,9 @@ SUBNORMAL = np.float32(1e-40)
 
 TRAFFIC = "traffic"
 
+Array: TypeAlias = "npt.NDArray[Any]"
+Storage: TypeAlias = "tuple[npt.DTypeLike, npt.DTypeLike, npt.DTypeLike]"
+
 
 def elements_of(bench: Bench, size: str) -> int:
     """Return the number of elements that a size stands for."""
@@ -59,9 +63,9 @@ def elements_of(bench: Bench, size: str) -> int:
 class Data:
     """Parameters, their gradients, and for each parameter a tuple of slots."""
 
-    params: list[Floats]
-    grads: list[Floats]
-    slots: list[tuple[Floats, ...]]
+    params: list[Array]
+    grads: list[Array]
+    slots: list[tuple[Array, ...]]
 
     @property
     def elements(self) -> int:
@@ -71,9 +75,9 @@ class Data:
     @property
     def bytes(self) -> int:
         """What a step must move: gradients in, parameters and slots in and out."""
-        return (3 + 2 * len(self.slots[0])) * 4 * self.elements
+        return sum(grad.nbytes for grad in self.grads) + 2 * sum(array.nbytes for array in self.written())
 
-    def written(self) -> Iterator[Floats]:
+    def written(self) -> Iterator[Array]:
         """Everything that a step may write."""
         yield from self.params
         for own in self.slots:
@@ -90,21 +94,34 @@ class Data:
             raise CheckError("a parameter or state is not finite after the timed steps")
 
 
-def _parts(array: Floats) -> Iterator[Floats]:
-    """Cut into views of a size that checks can afford to make temporaries of."""
+def _parts(array: Array) -> Iterator[Array]:
+    """Cut into pieces of a size that checks can afford to make temporaries of; NumPy compares bfloat16 as float32."""
     for start in range(0, array.size, SIZES["1M"]):
-        yield array[start : start + SIZES["1M"]]
+        part = array[start : start + SIZES["1M"]]
+        yield part if part.itemsize >= 4 else part.astype(np.float32)
 
 
-def make_data(counts: Sequence[int], slots: int) -> Data:
-    """Parameters 0, slots 0, gradients between 0.0005 and 0.0015."""
+def zeros(count: int, dtype: npt.DTypeLike) -> Array:
+    """Return zeros that begin at a cache line; every page of them has been touched."""
+    dtype = np.dtype(dtype)
+    return method.aligned(-(-count * dtype.itemsize // 4)).view(dtype)[:count]
+
+
+def gradient_block(count: int) -> Floats:
+    """Return numbers between 0.0005 and 0.0015, with which gradients of that size can be filled."""
     rng = np.random.default_rng(7)
-    block = (0.0005 + 0.001 * rng.random(min(max(counts), SIZES["1M"]))).astype(np.float32)
+    return (0.0005 + 0.001 * rng.random(min(count, SIZES["1M"]))).astype(np.float32)
+
+
+def make_data(counts: Sequence[int], slots: int, storage: Storage = (np.float32,) * 3) -> Data:
+    """Parameters 0, slots 0, gradients between 0.0005 and 0.0015; `storage`: the dtypes of the three."""
+    param, grad, state = storage
+    block = gradient_block(max(counts))
     data = Data([], [], [])
     for count in counts:
-        data.params.append(method.aligned(count))
-        data.grads.append(method.aligned(count))
-        data.slots.append(tuple(method.aligned(count) for _ in range(slots)))
+        data.params.append(zeros(count, param))
+        data.grads.append(zeros(count, grad))
+        data.slots.append(tuple(zeros(count, state) for _ in range(slots)))
         method.fill_with(data.grads[-1], block)
     return data
 
@@ -137,14 +154,31 @@ def rules(yardsticks: bool = False) -> dict[str, Any]:
     return {row["name"]: row for row in _cpu.registry() if row["yardstick"] == yardsticks}
 
 
+def surrounded(coefficients: Mapping[str, float], ema_decay: float | None = None) -> tuple[Any, ...]:
+    """Return a recipe with nothing around the rule, but for an average of the parameters."""
+    sign, l1, l2, decay, noise, max_unit_norm = 1.0, 0.0, 0.0, 1.0, 0.0, None
+    return (dict(coefficients), sign, l1, l2, decay, ema_decay, noise, max_unit_norm)
+
+
 def kernel_step(rule: str, data: Data) -> Step:
     """Make the step of a rule, or of a yardstick, without optimizer and recipe."""
     coefficients = (rules() | rules(yardsticks=True))[rule]["coefficients"]
-    setting = ({name: COEFFICIENTS.get(name, 0.5) for name in coefficients}, 1.0, 0.0, 0.0, 1.0)
+    recipe = surrounded({name: COEFFICIENTS.get(name, 0.5) for name in coefficients})
     names = [f"[{index}]" for index in range(len(data.params))]
-    group_of = [0] * len(data.params)
-    updater = _cpu.Updater([rule], group_of, data.params, data.slots, names, names)
-    return functools.partial(updater.step, data.grads, [lambda t: setting])
+    updater = _cpu.Updater(
+        groups=[rule],
+        group_of=[0] * len(data.params),
+        params=data.params,
+        slots=data.slots,
+        extras=[(None,) * 4] * len(data.params),
+        param_names=names,
+        grad_names=names,
+        mirror_names=names,
+        seed=0,
+        stochastic=False,
+        accumulate=1,
+    )
+    return functools.partial(updater.step, data.grads, [lambda t: recipe])
 
 
 def traffic_step(data: Data) -> Step:
@@ -210,15 +244,22 @@ FUSED: Mapping[str, Mapping[str, bool]] = {"torch fused": {"fused": True}}
 UNFUSED: Mapping[str, Mapping[str, bool]] = {"torch for-loop": {"foreach": False}, "torch foreach": {"foreach": True}}
 
 
+def as_tensor(torch: Any, array: Array) -> Any:
+    """Return torch's view of an array; torch knows nothing of NumPy's bfloat16."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
 def torch_optimizer(pair: Pair, data: Data, implementation: Mapping[str, bool]) -> Any:
     """Make torch's optimizer over the memory of `data`, before its first step."""
     torch: Any = importlib.import_module("torch")
-    params = [torch.from_numpy(param).requires_grad_() for param in data.params]
+    params = [as_tensor(torch, param).requires_grad_() for param in data.params]
     for param, grad in zip(params, data.grads, strict=True):
-        param.grad = torch.from_numpy(grad)
+        param.grad = as_tensor(torch, grad)
     optimizer = getattr(torch.optim, pair.torch)(params, lr=LR, **pair.options, **implementation)
     for param, own in zip(params, data.slots, strict=True):
-        state = {name: torch.from_numpy(slot) for name, slot in zip(pair.states, own, strict=True)}
+        state = {name: as_tensor(torch, slot) for name, slot in zip(pair.states, own, strict=True)}
         state.update({name: torch.tensor(value) for name, value in pair.scalars.items()})
         if state:
             optimizer.state[param] = state
@@ -283,21 +324,32 @@ class NumpyAdamInPlace(NumpyAdam):
 
 def require_same(data: Data, ours: Step, peers: Mapping[str, Step], tolerance: float = 1e-4) -> None:
     """Raise unless every peer's first three steps from parameters 0 arrive where ours do."""
-
-    def three_steps(step: Step) -> None:
-        data.clear()
-        for _ in range(3):
-            step()
-
-    three_steps(ours)
+    three_steps(data, ours)
     expected = [param.copy() for param in data.params]
-    if not all(np.isfinite(part).all() and np.all(part != 0.0) for array in expected for part in _parts(array)):
-        raise CheckError("ours left a parameter where it was, or made it NaN or infinite")
+    require_moved(expected)
     for name, step in peers.items():
-        three_steps(step)
-        for param, right in zip(data.params, expected, strict=True):
-            if not all(np.allclose(*pair, tolerance, 0.0) for pair in zip(_parts(param), _parts(right), strict=True)):
-                raise CheckError(f"{name} arrives at other parameters than ours")
+        three_steps(data, step)
+        require_close(f"{name} arrives at other parameters than ours", data.params, expected, tolerance)
+
+
+def three_steps(data: Data, step: Step) -> None:
+    """Step from parameters 0."""
+    data.clear()
+    for _ in range(3):
+        step()
+
+
+def require_moved(arrays: Sequence[Array]) -> None:
+    """Raise unless every element is finite and not 0."""
+    if not all(np.isfinite(part).all() and np.all(part != 0.0) for array in arrays for part in _parts(array)):
+        raise CheckError("ours left a parameter where it was, or made it NaN or infinite")
+
+
+def require_close(message: str, got: Sequence[Array], expected: Sequence[Array], tolerance: float) -> None:
+    """Raise unless every element is right but for a share of itself."""
+    for array, right in zip(got, expected, strict=True):
+        if not all(np.allclose(*pair, tolerance, 0.0) for pair in zip(_parts(array), _parts(right), strict=True)):
+            raise CheckError(message)
 
 
 def new_row(case: Case, data: Data, peer: str, goal: Goal | None, **fields: Any) -> Row:

@@ -192,7 +192,7 @@ void Batch::read(const Entry& entry, const Naming& naming) {
     tensor.streams.data[stream] = view.data;
     tensor.dtypes[stream] = view.dtype;
     note(written ? written_ : grads_, view, position, stream);
-    if (same_order(p.shape, p.strides, view.strides)) return;
+    if (same_order(p.shape, p.strides, p.itemsize(), view.strides, view.itemsize())) return;
     if (walk == nullptr) walk = &walks_.emplace_back();
     walk->axes[stream] = walk_axes(p.shape, p.strides, view.strides);
     walk->gather[stream] = true;
@@ -267,7 +267,7 @@ void Batch::read(const Entry& entry, const Naming& naming) {
       require_finite(kernel, *entry.setting, info(p.dtype).compute);
       tensor.coefficients = entry.setting->coefficients;
       tensor.around = &entry.setting->around;
-      tensor.key = {seed, static_cast<std::uint32_t>(index), entry.setting->t, 0};
+      tensor.key = {seed, static_cast<std::uint32_t>(index), entry.setting->t, Purpose::noise};
       if (entry.setting->unit_limit > 0.0) tensor.units = &units_.emplace_back(read_units(p, *entry.setting));
     });
   }
@@ -369,12 +369,13 @@ Isa Batch::run() const {
   return with_threads(tensors_, [&](std::size_t threads) { return update(tensors_, threads); });
 }
 
-void Batch::measure(std::vector<Squares>& sums) const {
-  sums.resize(tensors_.size());
+std::span<const Squares> Batch::measure() {
+  sums_.resize(tensors_.size());
   with_threads(tensors_, [&](std::size_t threads) {
-    onepass::measure(tensors_, threads, sums);
+    onepass::measure(tensors_, threads, sums_);
     return true;
   });
+  return sums_;
 }
 
 void Batch::accumulate() const {

@@ -60,7 +60,7 @@ class Batch {
 
   // The passes over the tensors (update.h). They release the interpreter lock while they run.
   Isa run() const;
-  void measure(std::vector<Squares>& sums) const;
+  std::span<const Squares> measure();
   void accumulate() const;
   void zero_gradients() const;
   void exchange() const;
@@ -96,6 +96,7 @@ class Batch {
   std::unordered_map<PyObject*, ArrayView> foreign_;
   std::deque<Walk> walks_;
   std::deque<Units> units_;
+  std::vector<Squares> sums_;
   Keeper keeper_;
 
   // Every step reads all addresses anew, and compares them with those of the last step that passed: what has not moved

@@ -60,15 +60,9 @@ void StepOptions::enter(Around& around) const {
 Outcome run_step(Batch& batch, const StepOptions& options, const Summation& summation, const Naming& naming, Isa& isa) {
   std::vector<Tensor>& tensors = batch.tensors();
   const bool summed = summation.calls > 1 && summation.last;
-  if (summed) {
-    for (Tensor& tensor : tensors) {
-      if (tensor.sum_starts) start_at_zero(tensor);
-    }
-  }
   Outcome outcome;
   if (options.needs_norm() && (summation.last || options.nonfinite != NonFinite::propagate)) {
-    std::vector<Squares> sums;
-    batch.measure(sums);
+    const std::span<const Squares> sums = batch.measure();
     double total = 0.0;
     for (const Squares& sum : sums) total += sum.sum;
     const auto norm = [&](double sum) {
@@ -90,6 +84,9 @@ Outcome run_step(Batch& batch, const StepOptions& options, const Summation& summ
     }
   }
   if (summation.last) {
+    for (Tensor& tensor : tensors) {
+      if (summed && tensor.sum_starts) start_at_zero(tensor);
+    }
     isa = batch.run();
   } else {
     batch.accumulate();

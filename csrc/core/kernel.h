@@ -55,8 +55,8 @@ struct Around {
 
 // Random numbers for the elements of a part.
 struct Randomness {
-  const float* noise;                       // of a normal distribution; null: none
-  const std::uint32_t* rounding[kStreams];  // 16 bits each; null: this stream is rounded to nearest
+  const float* noise;             // of a normal distribution; null: none
+  const std::uint32_t* rounding;  // 16 bits each; null: to nearest
 };
 
 // Consecutive elements of a tensor, and what is done to them. `coefficients` are the rule's, in float64, rounded once

@@ -75,10 +75,12 @@ bool is_dense(std::span<const std::ptrdiff_t> shape, std::span<const std::ptrdif
   return true;
 }
 
-bool same_order(std::span<const std::ptrdiff_t> shape, std::span<const std::ptrdiff_t> a,
-                std::span<const std::ptrdiff_t> b) {
+bool same_order(std::span<const std::ptrdiff_t> shape, std::span<const std::ptrdiff_t> a, std::size_t itemsize_a,
+                std::span<const std::ptrdiff_t> b, std::size_t itemsize_b) {
+  const auto size_a = static_cast<std::ptrdiff_t>(itemsize_a);
+  const auto size_b = static_cast<std::ptrdiff_t>(itemsize_b);
   for (std::size_t k = 0; k < shape.size(); ++k) {
-    if (shape[k] != 1 && a[k] != b[k]) return false;
+    if (shape[k] != 1 && a[k] * size_b != b[k] * size_a) return false;
   }
   return true;
 }

@@ -106,9 +106,11 @@ using ComputeType = std::conditional_t<sizeof(typename D::Compute) == sizeof(flo
 
 // A value as it will be read back from a stream of dtype D.
 template <class D, class V>
-HD V rounded(V value, const std::uint32_t* random, std::size_t i) {
+HD V rounded(V value, const Randomness& random, std::size_t i, std::size_t role) {
   if constexpr (kItem<D> < sizeof(typename V::Scalar)) {
-    if (random != nullptr) return value.template round<D>(V::Integers::load(random + i));
+    if (random.rounding != nullptr) {
+      return value.template round<D>(product16(V::Integers::load(random.rounding + i), kRoundingFactors[role]));
+    }
     return value.template round<D>();
   } else {
     return value;
@@ -128,26 +130,26 @@ HD V load_param(const Streams& streams, std::size_t i, Lanes lanes) {
 
 // Stores it and returns it as it was stored.
 template <class P, class V, class Lanes>
-HD V store_param(V p, const Streams& streams, const std::uint32_t* random, std::size_t i, Lanes lanes) {
+HD V store_param(V p, const Streams& streams, const Randomness& random, std::size_t i, std::size_t role, Lanes lanes) {
   if constexpr (std::is_same_v<P, BFloat16>) {
     if (streams.data[kRemainder] != nullptr) {
       lanes.split(p, streams.data[kParam] + 2 * i, streams.data[kRemainder] + 2 * i);
       return p;
     }
   }
-  p = rounded<P>(p, random, i);
+  p = rounded<P>(p, random, i, role);
   lanes.template store<P>(p, streams.data[kParam] + i * kItem<P>);
   return p;
 }
 
 // What follows the update: the moving average, the copy in fewer bits, the gradient that is zero.
 template <class E, class V, class Lanes, class S>
-HD void update_average(V p, std::byte* ema, const std::uint32_t* random, std::size_t i, const Surroundings<S>& around,
+HD void update_average(V p, std::byte* ema, const Randomness& random, std::size_t i, const Surroundings<S>& around,
                        Lanes lanes) {
   V e = p;
   if (!around.ema_starts) {
     e = V(around.ema_decay) * lanes.template load<E, V>(ema + i * kItem<E>) + V(around.one_minus_ema_decay) * p;
-    e = rounded<E>(e, random, i);
+    e = rounded<E>(e, random, i, kEmaRole);
   }
   lanes.template store<E>(e, ema + i * kItem<E>);
 }
@@ -156,11 +158,10 @@ template <class P, class V, class Lanes, class S>
 HD void pass_on(V p, const Streams& streams, const Randomness& random, DType mirror, std::size_t i,
                 const Surroundings<S>& around, Lanes lanes) {
   if (std::byte* const ema = streams.data[kEma]; ema != nullptr) {
-    const std::uint32_t* const bits = random.rounding[kEma];
     if (std::is_same_v<P, BFloat16> && streams.data[kRemainder] != nullptr) {
-      update_average<ComputeType<P>>(p, ema, bits, i, around, lanes);
+      update_average<ComputeType<P>>(p, ema, random, i, around, lanes);
     } else {
-      update_average<P>(p, ema, bits, i, around, lanes);
+      update_average<P>(p, ema, random, i, around, lanes);
     }
   }
   if (std::byte* const to = streams.data[kMirror]; to != nullptr) {

@@ -78,13 +78,17 @@ HD void step(std::size_t i, const Streams& streams, const typename Rule::templat
   p = p - u;
 
   if constexpr (whole) {
-    p = store_param<P>(p, streams, random.rounding[kParam], i, lanes);
+    p = store_param<P>(p, streams, random, i, kParamRole, lanes);
   } else {
-    lanes.template store<P>(rounded<P>(p, nullptr, i), streams.data[kParam] + i * kItem<P>);
+    lanes.template store_nearest<P>(p, streams.data[kParam] + i * kItem<P>);
   }
   for (std::size_t k = 0; k < Rule::slots.count; ++k) {
-    const std::uint32_t* const bits = whole ? random.rounding[kFirstSlot + k] : nullptr;
-    lanes.template store<S>(rounded<S>(s[k], bits, i), streams.data[kFirstSlot + k] + i * kItem<S>);
+    std::byte* const to = streams.data[kFirstSlot + k] + i * kItem<S>;
+    if (whole && random.rounding != nullptr) {
+      lanes.template store<S>(rounded<S>(s[k], random, i, kFirstSlotRole + k), to);
+    } else {
+      lanes.template store_nearest<S>(s[k], to);
+    }
   }
   if constexpr (whole) {
     pass_on<P>(p, streams, random, mirror, i, around, lanes);

@@ -102,7 +102,7 @@ Isa finish(const Part& part, const std::byte* factors) {
   for_each_vector<V>(streams.data[kParam], kItem<D>, part.count,
                      [=](std::size_t i, auto lanes) __attribute__((always_inline)) {
                        V p = lanes.template load<C, V>(factors + i * kItem<C>) * load_param<D, V>(streams, i, lanes);
-                       p = store_param<D>(p, streams, random.rounding[kParam], i, lanes);
+                       p = store_param<D>(p, streams, random, i, kScaledRole, lanes);
                        pass_on<D>(p, streams, random, mirror, i, around, lanes);
                      });
   return kIsa;

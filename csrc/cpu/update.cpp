@@ -37,26 +37,19 @@ bool writes(const Tensor& tensor, std::size_t stream) {
 }
 
 bool has_noise(const Tensor& tensor) { return tensor.around->noise != 0.0; }
-// Whether what is stored in this stream is rounded by chance.
-bool is_stochastic(const Tensor& tensor, std::size_t stream) {
-  const bool stored = stream == kParam ? tensor.streams.data[kRemainder] == nullptr
-                                       : stream == kEma || (stream >= kFirstSlot && stream < kFirstSlot + kMaxSlots);
-  return tensor.stochastic && stored && tensor.streams.data[stream] != nullptr &&
-         itemsize(tensor, stream) < info(compute_type(tensor)).itemsize;
-}
-bool is_random(const Tensor& tensor) {
-  if (has_noise(tensor)) return true;
-  for (std::size_t stream = 0; stream < kStreams; ++stream) {
-    if (is_stochastic(tensor, stream)) return true;
+// Whether something is stored in fewer bits than it is computed in, and rounded by chance.
+bool has_rounding(const Tensor& tensor) {
+  if (!tensor.stochastic) return false;
+  const auto is_narrow = [&](std::size_t stream) {
+    return tensor.streams.data[stream] != nullptr && itemsize(tensor, stream) < info(compute_type(tensor)).itemsize;
+  };
+  if (tensor.streams.data[kRemainder] == nullptr && is_narrow(kParam)) return true;
+  for (std::size_t k = 0; k < kMaxSlots; ++k) {
+    if (is_narrow(kFirstSlot + k)) return true;
   }
   return false;
 }
-
-std::uint32_t purpose_of(std::size_t stream, Purpose param) {
-  if (stream == kParam) return static_cast<std::uint32_t>(param);
-  if (stream == kEma) return static_cast<std::uint32_t>(Purpose::ema);
-  return static_cast<std::uint32_t>(Purpose::first_slot) + static_cast<std::uint32_t>(stream - kFirstSlot);
-}
+bool is_random(const Tensor& tensor) { return has_noise(tensor) || has_rounding(tensor); }
 
 bool is_plain(const Tensor& tensor) {
   const Around& around = *tensor.around;
@@ -87,15 +80,14 @@ Part part_of(const Tensor& tensor, const Streams& streams, std::size_t first, st
 // Calls run(part) for elements [first, first + count) of the tensor, of which `streams` are used. Where streams have to
 // be gathered or random numbers made, that is done in blocks, which lie in the first-level cache.
 template <class Run>
-void for_each_block(const Tensor& tensor, const Streams& streams, Purpose param_purpose, bool noise, std::size_t first,
-                    std::size_t count, Run run) {
+void for_each_block(const Tensor& tensor, const Streams& streams, std::size_t first, std::size_t count, Run run) {
   const bool random = is_random(tensor);
   if (tensor.walk == nullptr && !random) {
     run(part_of(tensor, streams, first, count));
     return;
   }
   alignas(kCacheLine) std::byte gathered[kStreams][kBlock * sizeof(double)];
-  alignas(kCacheLine) std::uint32_t bits[kStreams][kBlock];
+  alignas(kCacheLine) std::uint32_t bits[kBlock];
   alignas(kCacheLine) float normals[kBlock];
   const StepKernels& kernels = *active_kernels().step;
   const auto is_gathered = [&](std::size_t stream) {
@@ -115,16 +107,15 @@ void for_each_block(const Tensor& tensor, const Streams& streams, Purpose param_
       const std::size_t group = begin / kRandomGroup * kRandomGroup;
       const std::size_t numbers = (begin + n - group + kRandomGroup - 1) / kRandomGroup * kRandomGroup;
       RandomKey key = tensor.key;
-      if (noise && has_noise(tensor)) {
-        key.purpose = static_cast<std::uint32_t>(Purpose::noise);
+      if (has_noise(tensor) && (streams.data[kGrad] != nullptr || streams.data[kAccumulator] != nullptr)) {
+        key.purpose = Purpose::noise;
         kernels.normals(key, group, numbers, normals);
         part.random.noise = normals + (begin - group);
       }
-      for (std::size_t stream = 0; stream < kStreams; ++stream) {
-        if (streams.data[stream] == nullptr || !is_stochastic(tensor, stream)) continue;
-        key.purpose = purpose_of(stream, param_purpose);
-        kernels.rounding_bits(key, group, numbers, bits[stream]);
-        part.random.rounding[stream] = bits[stream] + (begin - group);
+      if (has_rounding(tensor)) {
+        key.purpose = Purpose::rounding;
+        kernels.rounding_bits(key, group, numbers, bits);
+        part.random.rounding = bits + (begin - group);
       }
     }
     run(part);
@@ -139,7 +130,7 @@ void for_each_block(const Tensor& tensor, const Streams& streams, Purpose param_
 Isa update_range(const Tensor& tensor, const Streams& streams, std::size_t first, std::size_t count) {
   const UpdateFn run = (is_plain(tensor) ? tensor.kernel->plain : tensor.kernel->whole)[tensor.storage];
   Isa isa = Isa::scalar;
-  for_each_block(tensor, streams, Purpose::param, true, first, count, [&](const Part& part) { isa = run(part); });
+  for_each_block(tensor, streams, first, count, [&](const Part& part) { isa = run(part); });
   return isa;
 }
 
@@ -251,7 +242,7 @@ Isa update_panel(const Tensor& tensor, std::size_t outer, std::size_t first_unit
   const auto finish = kernels_for(tensor.dtypes[kParam]).finish;
   for (std::size_t row = 0; row < units.depth; ++row) {
     const std::byte* factors = scratch.factors.data();
-    for_each_block(tensor, later, Purpose::param_scaled, false, row_begin(row), row_count, [&](const Part& part) {
+    for_each_block(tensor, later, row_begin(row), row_count, [&](const Part& part) {
       finish(part, factors);
       factors += part.count * factor_size;
     });
@@ -427,7 +418,7 @@ void exchange_range(const Tensor& tensor, std::size_t first, std::size_t count) 
   for (const std::size_t stream : {kParam, kRemainder, kMirror}) shown.data[stream] = tensor.streams.data[stream];
   const auto finish = kernels_for(tensor.dtypes[kParam]).finish;
   for (std::size_t begin = first; begin < first + count; begin += kBlock) {
-    for_each_block(tensor, shown, Purpose::param_scaled, false, begin, std::min(kBlock, first + count - begin),
+    for_each_block(tensor, shown, begin, std::min(kBlock, first + count - begin),
                    [&](const Part& part) { finish(part, ones); });
   }
 }
@@ -506,7 +497,12 @@ void accumulate(std::span<const Tensor> tensors, std::size_t threads) {
 
 void zero_gradients(std::span<const Tensor> tensors, std::size_t threads) {
   divide(
-      tensors, threads, [](const Tensor& tensor) { return extent(tensor, itemsize(tensor, kGrad)); },
+      tensors, threads,
+      [](const Tensor& tensor) {  // a sum may end without a gradient
+        Extent gradient = extent(tensor, itemsize(tensor, kGrad));
+        if (tensor.streams.data[kGrad] == nullptr) gradient.count = gradient.end = 0;
+        return gradient;
+      },
       [&](std::size_t t, std::size_t first, std::size_t count) { zero_range(tensors[t], first, count); });
 }
 

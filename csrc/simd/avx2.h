@@ -37,6 +37,10 @@ struct UInt32x8 {
   HD friend UInt32x8 operator^(UInt32x8 a, UInt32x8 b) { return UInt32x8(_mm256_xor_si256(a.value, b.value)); }
   HD friend UInt32x8 operator<<(UInt32x8 a, int n) { return UInt32x8(_mm256_slli_epi32(a.value, n)); }
   HD friend UInt32x8 operator>>(UInt32x8 a, int n) { return UInt32x8(_mm256_srli_epi32(a.value, n)); }
+  // Of the lower 16 bits, of numbers below 2**16.
+  HD friend UInt32x8 product16(UInt32x8 a, std::uint32_t x) {
+    return UInt32x8(_mm256_mullo_epi16(a.value, UInt32x8(x).value));
+  }
   HD friend UInt32x8 shift_right(UInt32x8 a, int n) { return UInt32x8(_mm256_srai_epi32(a.value, n)); }
 };
 
@@ -132,8 +136,7 @@ struct Float32x8 {
   template <class D>
   HD Float32x8 round() const {
     if constexpr (std::is_same_v<D, BFloat16>) {
-      const UInt32x8 bits = bits_of(*this);
-      return round_up(UInt32x8(0x7FFFU) + ((bits >> 16) & UInt32x8(1U)));
+      return float_of(nearest() & UInt32x8(0xFFFF0000U));
     } else if constexpr (std::is_same_v<D, Float16>) {
       return widen<D>(pack<D>());
     } else {
@@ -143,7 +146,7 @@ struct Float32x8 {
   template <class D>
   HD Float32x8 round(UInt32x8 random) const {
     if constexpr (std::is_same_v<D, BFloat16>) {
-      return round_up(random);
+      return float_of(raised(random) & UInt32x8(0xFFFF0000U));
     } else if constexpr (std::is_same_v<D, Float16>) {
       const __m256 magnitude = _mm256_set1_ps(-0.0F);
       const __m128i truncated = _mm256_cvtps_ph(value, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
@@ -161,11 +164,11 @@ struct Float32x8 {
   }
   template <class D>
   HD void store_nearest(std::byte* to) const {
-    round<D>().template store<D>(to);
+    round_for_store<D>().template store<D>(to);
   }
   template <class D>
   HD void store_nearest_part(std::byte* to, std::size_t count) const {
-    round<D>().template store_part<D>(to, count);
+    round_for_store<D>().template store_part<D>(to, count);
   }
   HD static Float32x8 join(const std::byte* high, const std::byte* low) {
     return joined(_mm_loadu_si128(reinterpret_cast<const __m128i*>(high)),
@@ -249,12 +252,21 @@ struct Float32x8 {
       return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     }
   }
-  // To the bfloat16 below the sum of bits and `increment`; NaN stays NaN.
-  HD Float32x8 round_up(UInt32x8 increment) const {
-    const __m256 sum = float_of(bits_of(*this) + increment).value;
-    const __m256 quiet = _mm256_or_ps(value, _mm256_castsi256_ps(_mm256_set1_epi32(0x400000)));
-    const __m256 nan = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
-    return float_of(bits_of(Float32x8(_mm256_blendv_ps(sum, quiet, nan))) & UInt32x8(0xFFFF0000U));
+  // The bits, raised so that their upper halves are the bfloat16. NaN, which comes out of arithmetic and is quiet,
+  // stays.
+  HD UInt32x8 raised(UInt32x8 increment) const {
+    const __m256i number = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_ORD_Q));
+    return bits_of(*this) + UInt32x8(_mm256_and_si256(increment.value, number));
+  }
+  HD UInt32x8 nearest() const { return raised(UInt32x8(0x7FFFU) + ((bits_of(*this) >> 16) & UInt32x8(1U))); }
+  // What store() rounds or cuts off as it should.
+  template <class D>
+  HD Float32x8 round_for_store() const {
+    if constexpr (std::is_same_v<D, BFloat16>) {
+      return float_of(nearest());
+    } else {
+      return *this;
+    }
   }
   HD static Float32x8 joined(__m128i high, __m128i low) {
     const UInt32x8 upper = UInt32x8(_mm256_cvtepu16_epi32(high)) << 16;
@@ -321,11 +333,19 @@ struct Float64x4 {
   }
   template <class D>
   HD void store_nearest(std::byte* to) const {
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), pack<D>());
+    if constexpr (std::is_same_v<D, Float64>) {
+      store<D>(to);
+    } else {
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(to), pack<D>());
+    }
   }
   template <class D>
   HD void store_nearest_part(std::byte* to, std::size_t count) const {
-    store_halves(pack<D>(), to, count);
+    if constexpr (std::is_same_v<D, Float64>) {
+      store_part<D>(to, count);
+    } else {
+      store_halves(pack<D>(), to, count);
+    }
   }
   template <class D>
   HD void stream(std::byte* to) const {

@@ -35,6 +35,10 @@ struct UInt32x16 {
   HD friend UInt32x16 operator^(UInt32x16 a, UInt32x16 b) { return UInt32x16(_mm512_xor_si512(a.value, b.value)); }
   HD friend UInt32x16 operator<<(UInt32x16 a, unsigned n) { return UInt32x16(_mm512_slli_epi32(a.value, n)); }
   HD friend UInt32x16 operator>>(UInt32x16 a, unsigned n) { return UInt32x16(_mm512_srli_epi32(a.value, n)); }
+  // Of the lower 16 bits, of numbers below 2**16.
+  HD friend UInt32x16 product16(UInt32x16 a, std::uint32_t x) {
+    return UInt32x16(_mm512_mullo_epi16(a.value, UInt32x16(x).value));
+  }
   HD friend UInt32x16 shift_right(UInt32x16 a, unsigned n) { return UInt32x16(_mm512_srai_epi32(a.value, n)); }
 };
 
@@ -110,8 +114,7 @@ struct Float32x16 {
   template <class D>
   HD Float32x16 round() const {
     if constexpr (std::is_same_v<D, BFloat16>) {
-      const UInt32x16 bits = bits_of(*this);
-      return round_up(UInt32x16(0x7FFFU) + ((bits >> 16) & UInt32x16(1U)));
+      return float_of(nearest() & UInt32x16(0xFFFF0000U));
     } else if constexpr (std::is_same_v<D, Float16>) {
       return widen<D>(pack<D>());
     } else {
@@ -121,7 +124,7 @@ struct Float32x16 {
   template <class D>
   HD Float32x16 round(UInt32x16 random) const {
     if constexpr (std::is_same_v<D, BFloat16>) {
-      return round_up(random);
+      return float_of(raised(random) & UInt32x16(0xFFFF0000U));
     } else if constexpr (std::is_same_v<D, Float16>) {
       const __m256i truncated = _mm512_cvtps_ph(value, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
       const __m512 below = _mm512_cvtph_ps(truncated);
@@ -137,11 +140,11 @@ struct Float32x16 {
   }
   template <class D>
   HD void store_nearest(std::byte* to) const {
-    round<D>().template store<D>(to);
+    round_for_store<D>().template store<D>(to);
   }
   template <class D>
   HD void store_nearest_part(std::byte* to, std::size_t count) const {
-    round<D>().template store_part<D>(to, count);
+    round_for_store<D>().template store_part<D>(to, count);
   }
   HD static Float32x16 join(const std::byte* high, const std::byte* low) {
     return joined(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(high)),
@@ -218,12 +221,22 @@ struct Float32x16 {
       return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     }
   }
-  // To the bfloat16 below the sum of bits and `increment`; NaN stays NaN.
-  HD Float32x16 round_up(UInt32x16 increment) const {
-    const UInt32x16 sum = bits_of(*this) + increment;
-    const __m512i quiet = _mm512_or_si512(_mm512_castps_si512(value), _mm512_set1_epi32(0x400000));
-    const auto nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    return float_of(UInt32x16(_mm512_mask_mov_epi32(sum.value, nan, quiet)) & UInt32x16(0xFFFF0000U));
+  // The bits, raised so that their upper halves are the bfloat16. NaN, which comes out of arithmetic and is quiet,
+  // stays.
+  HD UInt32x16 raised(UInt32x16 increment) const {
+    const __m512i bits = _mm512_castps_si512(value);
+    const auto number = _mm512_cmp_ps_mask(value, value, _CMP_ORD_Q);
+    return UInt32x16(_mm512_mask_add_epi32(bits, number, bits, increment.value));
+  }
+  HD UInt32x16 nearest() const { return raised(UInt32x16(0x7FFFU) + ((bits_of(*this) >> 16) & UInt32x16(1U))); }
+  // What store() rounds or cuts off as it should.
+  template <class D>
+  HD Float32x16 round_for_store() const {
+    if constexpr (std::is_same_v<D, BFloat16>) {
+      return float_of(nearest());
+    } else {
+      return *this;
+    }
   }
   HD static Float32x16 joined(__m256i high, __m256i low) {
     const UInt32x16 upper = UInt32x16(_mm512_cvtepu16_epi32(high)) << 16;
@@ -290,11 +303,19 @@ struct Float64x8 {
   }
   template <class D>
   HD void store_nearest(std::byte* to) const {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), pack<D>());
+    if constexpr (std::is_same_v<D, Float64>) {
+      store<D>(to);
+    } else {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), pack<D>());
+    }
   }
   template <class D>
   HD void store_nearest_part(std::byte* to, std::size_t count) const {
-    _mm_mask_storeu_epi16(to, first_lanes(count), pack<D>());
+    if constexpr (std::is_same_v<D, Float64>) {
+      store_part<D>(to, count);
+    } else {
+      _mm_mask_storeu_epi16(to, first_lanes(count), pack<D>());
+    }
   }
   template <class D>
   HD void stream(std::byte* to) const {

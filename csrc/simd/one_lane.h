@@ -29,6 +29,8 @@ struct OneInteger {
   HD friend OneInteger operator^(OneInteger a, OneInteger b) { return OneInteger(a.value ^ b.value); }
   HD friend OneInteger operator<<(OneInteger a, int n) { return OneInteger(a.value << n); }
   HD friend OneInteger operator>>(OneInteger a, int n) { return OneInteger(a.value >> n); }
+  // Of the lower 16 bits, of numbers below 2**16.
+  HD friend OneInteger product16(OneInteger a, std::uint32_t x) { return OneInteger(a.value * x & 0xFFFFU); }
   HD friend OneInteger shift_right(OneInteger a, int n) {
     return OneInteger(static_cast<std::uint32_t>(static_cast<std::int32_t>(a.value) >> n));
   }

@@ -10,6 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 NOISE, PARAMETER, PARAMETER_AFTER_NORM, EMA, FIRST_SLOT = range(5)
+# What is rounded for one element in one step makes its bits from one number, by an odd factor of its own.
+ROUNDING = 1
+FACTORS = {PARAMETER: 0x0001, PARAMETER_AFTER_NORM: 0x1657, EMA: 0x27D5, FIRST_SLOT: 0x9E37, 5: 0x85EB, 6: 0xC2B3}
 
 LANES = 16
 MASK = np.uint64(0xFFFFFFFF)
@@ -51,8 +54,9 @@ def _places(begin, end, uses):
 def rounding_bits(seed, index, t, purpose, begin, end):
     """16 random bits (0 .. 65535) for each of the elements [begin, end)."""
     block, which = _places(begin, end, uses=8)
-    word = np.choose(which // 2, _words(seed, index, t, purpose, block))
-    return np.where(which % 2 == 0, word & np.uint64(0xFFFF), word >> np.uint64(16)).astype(np.uint32)
+    word = np.choose(which // 2, _words(seed, index, t, ROUNDING, block))
+    r = np.where(which % 2 == 0, word & np.uint64(0xFFFF), word >> np.uint64(16)).astype(np.uint32)
+    return r * np.uint32(FACTORS[purpose]) & np.uint32(0xFFFF)
 
 
 def normals(seed, index, t, begin, end):

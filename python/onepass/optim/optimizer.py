@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -43,18 +43,9 @@ Coefficients: TypeAlias = dict[str, float]
 UnitNorm: TypeAlias = "tuple[float, tuple[int, ...]] | None"
 
 
-class Surrounded(NamedTuple):
-    """A rule's coefficients for one step, and those of what surrounds it, in float64."""
-
-    coefficients: Coefficients
-    sign: float  # -1 to maximize
-    l1: float
-    l2: float
-    decay: float
-    ema_decay: float | None
-    noise: float  # standard deviation
-    max_unit_norm: UnitNorm
-
+# (coefficients, sign, l1, l2, decay, ema_decay, standard deviation of the noise, max_unit_norm), in float64. A plain
+# tuple: a named one takes 0.2 us longer to make, a tenth of a small step.
+Surrounded: TypeAlias = "tuple[Coefficients, float, float, float, float, float | None, float, UnitNorm]"
 
 RULES: dict[str, Mapping[str, Any]] = {row["name"]: row for row in _cpu.registry() if not row["yardstick"]}
 
@@ -209,6 +200,9 @@ class Optimizer:
     ) -> dict[str, npt.NDArray[Any]]:
         """New state arrays of one parameter, by name."""
         compute, split = compute_dtype(array.dtype), self._storage.split
+        for axis in () if values["max_unit_norm"] is None else values["max_unit_norm"][1]:
+            if not -array.ndim <= axis < array.ndim:
+                raise ValueError(f"{name}: max_unit_norm needs axis {axis}, and its shape is {array.shape}")
         dtype = state_dtype_for(array.dtype, self._storage.state_dtype, name)
         state = {slot: _cpu.state_like(array, start, dtype) for slot in slots}
         if split:
@@ -237,7 +231,7 @@ class Optimizer:
 
     @classmethod
     def surround(cls, hyper: Mapping[str, Any], t: int) -> Surrounded:
-        """The recipe's coefficients with those of what surrounds the rule."""
+        """The recipe's coefficients with those of what surrounds the rule: see `Surrounded`."""
         lr = hyper["lr"]
         if callable(lr):
             lr = hp.learning_rate(lr(t), f"lr({t})")
@@ -249,7 +243,7 @@ class Optimizer:
         if callable(ema_decay):
             ema_decay = hp.average_decay(ema_decay(t), f"ema_decay({t})")
         noise = hyper["gradient_noise"]
-        return Surrounded(
+        return (
             cls.recipe(hyper, lr, t),
             -1.0 if hyper["maximize"] else 1.0,
             hyper["l1"],
