@@ -232,7 +232,11 @@ struct Float32x8 {
   HD static __m128i narrow(__m256i value) {
     return _mm_packus_epi32(_mm256_castsi256_si128(value), _mm256_extracti128_si256(value, 1));
   }
-  HD static __m128i upper_halves(UInt32x8 a) { return narrow((a >> 16).value); }
+  HD static __m128i upper_halves(UInt32x8 a) {
+    const __m256i odd = _mm256_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                         2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1);
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_shuffle_epi8(a.value, odd), 0x08));
+  }
   HD static __m128i lower_halves(UInt32x8 a) { return narrow((a & UInt32x8(0xFFFFU)).value); }
   template <class D>
   HD static Float32x8 widen(__m128i halves) {
