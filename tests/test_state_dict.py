@@ -34,7 +34,17 @@ OPTIMIZERS = {
 }
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
-ENTRIES = ["optimizer", "param_groups", "state", "seed", "skipped", "accumulated", "ema_swapped"]
+ENTRIES = [
+    "optimizer",
+    "param_groups",
+    "state",
+    "seed",
+    "skipped",
+    "accumulated",
+    "ema_swapped",
+    "rounding",
+    "accumulate",
+]
 
 
 def class_name(name):

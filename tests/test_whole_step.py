@@ -1093,7 +1093,7 @@ STEP_ERRORS = [
     *[("grad_scale", value, error) for value, error in (*NUMBERS_ABOVE_ZERO, (INF, ValueError), (None, TypeError))],
     *[("max_grad_norm", value, error) for value, error in NUMBERS_ABOVE_ZERO],
     *[("clip_norm", value, error) for value, error in NUMBERS_ABOVE_ZERO],
-    *[("clip_value", value, error) for value, error in (*NUMBERS_ABOVE_ZERO, (INF, ValueError), (1e300, ValueError))],
+    *[("clip_value", value, error) for value, error in (*NUMBERS_ABOVE_ZERO, (INF, ValueError))],
     ("grad_scale", 1e300, ValueError),
     ("nonfinite", "ignore", ValueError),
     ("nonfinite", None, TypeError),
@@ -1154,7 +1154,7 @@ CONSTRUCTOR_ERRORS = [
 def test_a_step_with_a_bad_option_changes_nothing(name, value, error):
     opt, params, grads = world(ema_decay=0.9, mirror=True, gradient_noise=(0.1, 0.5))
     whole = Whole(opt, params, grads, opt._storage.mirror)
-    label = name if value not in (1e300,) else "(grad_scale|clip_value|scale)"
+    label = name if value not in (1e300,) else "grad_scale"
     with pytest.raises(error, match=label):
         opt.step(grads, **{name: value})
     whole.assert_unchanged()
@@ -1357,3 +1357,141 @@ def test_attributes_of_an_optimizer_that_was_asked_for_nothing():
     assert abs(opt.grad_norm - norm) < 1e-12 * norm
     opt.step(grads)
     assert opt.grad_norm is None
+
+
+# What a hostile caller found
+
+
+@pytest.mark.parametrize("place", ["params", "slot", "emas", "remainders", "accumulators"])
+def test_none_in_a_list_of_arrays(place):
+    p, v, g = numbers(9), np.zeros(9, np.float32), numbers(9, seed=1)
+    options = {}
+    if place == "emas":
+        options = {"emas": [None], "ema_decay": 0.5}
+    elif place == "remainders":
+        options = {"remainders": [None]}
+    elif place == "accumulators":
+        options = {"accumulators": [None], "accumulate": 2, "micro_step": 2}
+    params, velocities = ([None], [v]) if place == "params" else ([p], [None] if place == "slot" else [v])
+    before = p.copy()
+    name = "velocities" if place == "slot" else place
+    with pytest.raises(TypeError, match=rf"^{name}\[0\]: expected a NumPy array .*NoneType"):
+        functional.momentum(params, [g], velocities, step=1, **options)
+    assert_same_bits(p, before)
+    assert not v.any()
+    with pytest.raises(TypeError, match=r"^params: expected a NumPy array .*NoneType"):
+        functional.sgd(None, g, step=1)
+
+
+REPEATING = {
+    "one number": lambda: np.lib.stride_tricks.as_strided(np.ones(1, np.float32), (5000,), (0,)),
+    "rows": lambda: np.lib.stride_tricks.as_strided(np.ones(40, np.float32), (30, 40), (0, 4)),
+    "windows": lambda: np.lib.stride_tricks.as_strided(np.ones(41, np.float32), (40, 2), (4, 4)),
+}
+
+
+@pytest.mark.parametrize("case", REPEATING)
+def test_a_gradient_that_repeats_memory_is_not_zeroed(case):
+    grad = REPEATING[case]()
+    param = numbers(grad.shape)
+    opt, before = onepass.SGD(param, lr=1.0), param.copy()
+    with pytest.raises(ValueError, match=r"^grads: strides .* may repeat elements"):
+        opt.step(grad, zero_grads=True)
+    assert_same_bits(param, before)
+    assert (grad == 1).all()
+    opt.step(grad)
+    assert_same_bits(param, before - np.float32(1))
+
+
+def test_gradients_that_interleave_are_not_zeroed():
+    params, both = [numbers(10), numbers(10)], np.ones((10, 2), np.float32)
+    opt = onepass.SGD(params, lr=1.0)
+    with pytest.raises(ValueError, match=r"^grads\[1\]: overlaps grads\[0\] .*or interleave"):
+        opt.step([both[:, 0], both[:, 1]], zero_grads=True)
+    opt.step([both[:, 0], both[:, 1]])
+    assert opt.step_counts == (1, 1)
+
+
+def test_a_step_does_not_slip_in_between_an_exchange():
+    """Reading the gradients may run code of others."""
+
+    class Swaps(dict):
+        def __getitem__(self, key):
+            opt.swap_ema()
+            return dict.__getitem__(self, key)
+
+    params = {"w": numbers(5)}
+    opt = onepass.SGD(params, lr=1.0, ema_decay=0.5)
+    opt.step({"w": numbers(5, seed=1)})
+    average = opt.ema["w"].copy()
+    with pytest.raises(RuntimeError, match="exchanged"):
+        opt.step(Swaps(w=numbers(5, seed=2)))
+    assert opt.step_counts == (1,)
+    assert_same_bits(params["w"], average)
+
+
+@pytest.mark.parametrize("name", ["rounding", "accumulate"])
+def test_a_state_of_other_options_is_refused(name):
+    saved = onepass.SGD(numbers(5)).state_dict()
+    saved[name] = {"rounding": "stochastic", "accumulate": 3}[name]
+    with pytest.raises(ValueError, match=rf"^{name}: the state is of"):
+        onepass.SGD(numbers(5)).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("value", [1e-40, 1e-60])
+def test_a_clip_value_that_rounds_to_zero_clips_to_zero(value):
+    param = numbers(40)
+    before = param.copy()
+    onepass.SGD(param, lr=1.0).step(numbers(40, seed=1), clip_value=value)
+    np.testing.assert_array_equal(param, before)
+
+
+def test_parameters_without_a_step_have_no_average():
+    a, b = numbers(5), numbers(5)
+    opt = onepass.SGD([a, b], ema_decay=0.5)
+    a[...] = 5.0  # as a checkpoint does that is loaded after construction
+    opt.step([None, numbers(5, seed=1)])
+    opt.swap_ema()
+    assert (a == 5).all()
+    opt.swap_ema()
+    assert (a == 5).all()
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_parameter_that_was_laid_out_anew(split):
+    """torch gives a parameter another memory order, or other memory, and keeps the object."""
+    torch = pytest.importorskip("torch", reason="torch is a test extra")
+    dtype = torch.bfloat16 if split else torch.float32
+    param = torch.arange(24, dtype=dtype).reshape(4, 6).clone()
+    opt = onepass.SGD(param, lr=0.5, ema_decay=0.5, master="split" if split else None)
+    opt.step(torch.ones(4, 6))
+    param.data = (param.data + 1).t().contiguous().t()
+    opt.step(torch.ones(4, 6))
+    now, average = param.float().numpy().copy(), opt.ema.copy()
+    if split:
+        np.testing.assert_array_equal(opt.master, now)
+    opt.swap_ema()
+    np.testing.assert_array_equal(param.float().numpy(), average)
+    np.testing.assert_array_equal(opt.ema, now)
+
+
+@pytest.mark.parametrize("isa", onepass.available_isas())
+def test_stochastic_rounding_reads_no_further_than_its_bits(isa):
+    """Every tail behind every start, in blocks of the random numbers: the sanitizer looks on."""
+    onepass.set_isa(isa)
+    memory = np.ones(3000, BFLOAT16)
+    for start in range(33):
+        for size in (1023, 1024, 1537):
+            onepass.SGD(memory[start : start + size], lr=0.1, rounding="stochastic").step(np.ones(size, BFLOAT16))
+    assert np.isfinite(memory.astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_one_large_unit(threads):
+    onepass.set_num_threads(threads)
+    _cpu.set_serial_bytes(0)
+    param = numbers((3, 20_001))
+    opt = onepass.SGD(param, lr=0.0, max_unit_norm=(2.0, 1), ema_decay=0.5)
+    opt.step(numbers(param.shape, seed=1))
+    np.testing.assert_allclose(np.linalg.norm(param, axis=1), 2.0, rtol=1e-5)
+    assert_same_bits(opt.ema, param)

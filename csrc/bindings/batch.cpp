@@ -41,12 +41,11 @@ void require_finite(const Kernel& kernel, Setting& setting, DType compute) {
   for (std::size_t k = 0; k < kernel.coefficients.count; ++k) {
     require(kernel.coefficients.data[k], setting.coefficients[k]);
   }
-  require("scale", setting.around.scale);
+  require("grad_scale", setting.around.scale);
   require("l1", setting.around.l1);
   require("l2", setting.around.l2);
   require("decay", setting.around.decay);
-  require("clip_value", setting.around.clip_value);
-  require("noise", setting.around.noise);
+  require("gradient_noise", setting.around.noise);
   checked = true;
 }
 
@@ -258,6 +257,10 @@ void Batch::read(const Entry& entry, const Naming& naming) {
       if (zero_grads && (!g.writable || g.copied)) {
         throw ArgumentError(Kind::value, "is read-only and cannot be zeroed");
       }
+      if (zero_grads && repeats(g.shape, g.strides, g.itemsize())) {
+        throw ArgumentError(Kind::value, "strides " + shape_text(g.strides) + " of shape " + shape_text(g.shape) +
+                                             " may repeat elements, which cannot be zeroed as they are read");
+      }
       enter(g, kGrad, zero_grads);
     });
   }
@@ -346,8 +349,10 @@ void Batch::sort_written(const Naming& naming) {
     const Interval& b = sorted_[k];
     if (!a.range.meets(b.range)) continue;
     const bool in_order = a.tensor < b.tensor || (a.tensor == b.tensor && a.stream < b.stream);
-    throw py::value_error(name(in_order ? b : a, naming) + ": overlaps " + name(in_order ? a : b, naming) +
-                          " in memory; arrays that a step writes must not share memory");
+    throw py::value_error(
+        name(in_order ? b : a, naming) + ": overlaps " + name(in_order ? a : b, naming) +
+        " in memory; arrays that a step writes must not share memory" +
+        (a.stream == kGrad || b.stream == kGrad ? ", or interleave (zero_grads writes gradients)" : ""));
   }
 }
 

@@ -206,6 +206,9 @@ class Updater final : public Naming {
   void step(py::handle grads, const py::list& recipes, py::handle given_options) {
     const Turn turn(stepping_);
     const Release release(*this);
+    if (swapped_) {
+      throw std::runtime_error("parameters and averages are exchanged; call swap_ema() before the next step");
+    }
     if (grads.is_none()) throw py::type_error("grads: expected gradients, got None");
     if (recipes.size() != rules_.size()) throw py::value_error("recipes: one for each group is needed");
     const StepOptions options = StepOptions::read(given_options);
@@ -214,7 +217,7 @@ class Updater final : public Naming {
     refresh_kernels();
     for (std::size_t i = 0; i < arrays_.size(); ++i) {
       if (grads_[i].is_none() && (!summation.last || received_[i] == 0)) continue;
-      Setting* const setting = summation.last ? setting_for(group_of_[i], counts_[i] + 1, recipes) : sum_setting();
+      Setting* const setting = summation.last ? setting_for(group_of_[i], counts_[i] + 1, recipes) : neutral_setting();
       options.enter(setting->around);
       setting->around.accumulate = static_cast<double>(accumulate_);
       settings_of_.push_back(setting);
@@ -246,18 +249,19 @@ class Updater final : public Naming {
     }
   }
 
-  // Exchanges parameters and averages; mirrors follow the parameters.
+  // Exchanges parameters and averages of all that was stepped before; mirrors follow the parameters.
   void swap_ema() {
     const Turn turn(stepping_);
     const Release release(*this);
     refresh_kernels();
     batch_.zero_grads = false;
     for (std::size_t i = 0; i < arrays_.size(); ++i) {
-      if (!arrays_[i].stream[kEma]) continue;
-      batch_.add(*kernels_[group_of_[i]].kernel, arrays_of(i, false), sum_setting(), i);
+      if (!arrays_[i].stream[kEma] || counts_[i] == 0) continue;
+      batch_.add(*kernels_[group_of_[i]].kernel, arrays_of(i, false), neutral_setting(), i);
     }
     batch_.validate(*this);
     batch_.exchange();
+    swapped_ = !swapped_;
   }
 
   std::vector<std::int64_t> counts() const { return {counts_.begin(), counts_.end()}; }
@@ -271,6 +275,8 @@ class Updater final : public Naming {
   void set_seed(std::uint64_t seed) { seed_ = seed; }
   std::int64_t skipped() const { return skipped_; }
   void set_skipped(std::int64_t skipped) { skipped_ = skipped; }
+  bool swapped() const { return swapped_; }
+  void set_swapped(bool swapped) { swapped_ = swapped; }
   std::int64_t accumulated() const { return accumulated_; }
   std::vector<std::int64_t> received() const { return received_; }
   void set_sums(std::int64_t accumulated, std::vector<std::int64_t> received) {
@@ -322,9 +328,9 @@ class Updater final : public Naming {
   }
 
   // Of calls that update nothing.
-  Setting* sum_setting() {
-    sum_setting_ = Setting{};
-    return &sum_setting_;
+  Setting* neutral_setting() {
+    neutral_setting_ = Setting{};
+    return &neutral_setting_;
   }
 
   void take_gradients(py::handle grads) {
@@ -380,8 +386,9 @@ class Updater final : public Naming {
   std::vector<std::int64_t> received_;        // gradients of each parameter in it
   std::atomic<std::uint64_t> seed_;
   std::atomic<std::int64_t> skipped_{0};
-  std::optional<double> grad_norm_;  // of the last step
-  Setting sum_setting_{};
+  std::optional<double> grad_norm_;   // of the last step
+  std::atomic<bool> swapped_{false};  // parameters and averages
+  Setting neutral_setting_{};
 
   const KernelTable* table_ = nullptr;
   std::vector<BoundKernel> kernels_;
@@ -457,7 +464,7 @@ py::tuple update_owned(const std::string& rule, const std::vector<py::object>& g
     }
     Arrays of_param;
     for (std::size_t stream = 0; stream < kStreams; ++stream) {
-      if (arrays[stream].empty() || arrays[stream][i].is_none()) continue;
+      if (arrays[stream].empty() || (stream == kMirror && arrays[stream][i].is_none())) continue;
       of_param.stream[stream] = arrays[stream][i];
     }
     batch.add(kernel, of_param, &setting, i);
@@ -542,6 +549,7 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
       .def_property("counts", &Updater::counts, &Updater::set_counts)
       .def_property("seed", &Updater::seed, &Updater::set_seed)
       .def_property("skipped", &Updater::skipped, &Updater::set_skipped)
+      .def_property("swapped", &Updater::swapped, &Updater::set_swapped)
       .def_property_readonly("accumulated", &Updater::accumulated)
       .def_property_readonly("received", &Updater::received)
       .def_property_readonly("grad_norm", &Updater::grad_norm)

@@ -45,7 +45,7 @@ StepOptions StepOptions::read(py::handle given) {
   options.grad_scale = tuple[0].cast<double>();
   options.max_grad_norm = optional_number(tuple[1]);
   options.clip_norm = optional_number(tuple[2]);
-  options.clip_value = optional_number(tuple[3]).value_or(0.0);
+  options.clip_value = optional_number(tuple[3]).value_or(options.clip_value);
   options.nonfinite = static_cast<NonFinite>(tuple[4].cast<int>());
   options.zero_grads = tuple[5].cast<bool>();
   return options;

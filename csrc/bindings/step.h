@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <optional>
 
 #include "bindings/batch.h"
@@ -15,7 +16,7 @@ struct StepOptions {
   double grad_scale = 1.0;
   std::optional<double> max_grad_norm;  // of all tensors together
   std::optional<double> clip_norm;      // of each
-  double clip_value = 0.0;              // 0: none
+  double clip_value = std::numeric_limits<double>::infinity();
   NonFinite nonfinite = NonFinite::propagate;
   bool zero_grads = false;
 

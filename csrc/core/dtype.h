@@ -119,8 +119,9 @@ struct Float16 {
 };
 
 // A float32 number in two halves: a bfloat16 parameter, and what is missing. The parameter is the number rounded to
-// nearest with ties away from zero, because with ties to even the halves of two numbers would be the same. A zero or an
-// infinity that somebody wrote into the parameter is what it is, whatever was missing from the number before.
+// nearest with ties away from zero, because with ties to even the halves of two numbers would be the same. What was
+// missing from an old number is left out where somebody has written a zero into the parameter, or an infinity that it
+// would make NaN.
 struct Split {
   std::uint16_t high;
   std::uint16_t low;

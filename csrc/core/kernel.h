@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "core/dtype.h"
 #include "core/philox.h"
@@ -45,7 +46,7 @@ struct Around {
   double l1 = 0.0;
   double l2 = 0.0;
   double decay = 1.0;
-  double clip_value = 0.0;  // 0: none
+  double clip_value = std::numeric_limits<double>::infinity();
   double noise = 0.0;       // standard deviation
   double ema_decay = 0.0;   // the average is wanted where its stream is
   double accumulate = 1.0;  // gradients in the mean, where the stream of their sum is
@@ -101,6 +102,8 @@ struct DTypeKernels {
   void (*accumulate)(const std::byte* values, std::size_t count, double scale, const std::byte* from, std::byte* to);
   // Multiplies parameters by `factors`, in the compute type, and passes them on to average and mirror.
   Isa (*finish)(const Part& part, const std::byte* factors);
+  // Stores parameters in their mirror.
+  void (*show)(const Part& part);
 };
 
 struct StepKernels {

@@ -75,6 +75,22 @@ bool is_dense(std::span<const std::ptrdiff_t> shape, std::span<const std::ptrdif
   return true;
 }
 
+bool repeats(std::span<const std::ptrdiff_t> shape, std::span<const std::ptrdiff_t> strides, std::size_t itemsize) {
+  std::vector<std::size_t> axes;
+  for (std::size_t k = 0; k < shape.size(); ++k) {
+    if (shape[k] == 0) return false;
+    if (shape[k] > 1) axes.push_back(k);
+  }
+  const auto step = [&](std::size_t k) { return strides[k] < 0 ? -strides[k] : strides[k]; };
+  std::ranges::sort(axes, {}, step);
+  auto extent = static_cast<std::ptrdiff_t>(itemsize);  // of the elements along the axes so far
+  for (const std::size_t k : axes) {
+    if (step(k) < extent) return true;
+    extent += (shape[k] - 1) * step(k);
+  }
+  return false;
+}
+
 bool same_order(std::span<const std::ptrdiff_t> shape, std::span<const std::ptrdiff_t> a, std::size_t itemsize_a,
                 std::span<const std::ptrdiff_t> b, std::size_t itemsize_b) {
   const auto size_a = static_cast<std::ptrdiff_t>(itemsize_a);

@@ -25,6 +25,9 @@ std::vector<Axis> walk_axes(std::span<const std::ptrdiff_t> shape, std::span<con
 // True if the strides, those of axes of length 1 aside, are a permutation of contiguous ones.
 bool is_dense(std::span<const std::ptrdiff_t> shape, std::span<const std::ptrdiff_t> strides, std::size_t itemsize);
 
+// True unless strides alone show that no two elements share memory.
+bool repeats(std::span<const std::ptrdiff_t> shape, std::span<const std::ptrdiff_t> strides, std::size_t itemsize);
+
 // True if element by element both lie in the same order, of items of these sizes. Axes of length 1 do not count.
 bool same_order(std::span<const std::ptrdiff_t> shape, std::span<const std::ptrdiff_t> a, std::size_t itemsize_a,
                 std::span<const std::ptrdiff_t> b, std::size_t itemsize_b);

@@ -2,6 +2,7 @@
 // and what follows an update. Part of a kernel unit, behind its instruction set's header.
 #pragma once
 
+#include <limits>
 #include <type_traits>
 
 #include "core/dtype.h"
@@ -31,7 +32,7 @@ struct Surroundings {
     one_minus_ema_decay = static_cast<S>(1.0 - around.ema_decay);
     has_scale = !(scale == S(1));  // NaN, from a norm, is a scale too
     has_total = !(total == S(1));
-    has_clip_value = clip_value != S(0);
+    has_clip_value = clip_value < std::numeric_limits<S>::infinity();
     has_l1 = l1 != S(0);
     has_l2 = l2 != S(0);
     has_decay = decay != S(1);
@@ -154,6 +155,15 @@ HD void update_average(V p, std::byte* ema, const Randomness& random, std::size_
   lanes.template store<E>(e, ema + i * kItem<E>);
 }
 
+template <class V, class Lanes>
+HD void store_mirror(V p, std::byte* mirror, DType dtype, std::size_t i, Lanes lanes) {
+  if (dtype == DType::bfloat16) {
+    lanes.template store_nearest<BFloat16>(p, mirror + 2 * i);
+  } else {
+    lanes.template store_nearest<Float16>(p, mirror + 2 * i);
+  }
+}
+
 template <class P, class V, class Lanes, class S>
 HD void pass_on(V p, const Streams& streams, const Randomness& random, DType mirror, std::size_t i,
                 const Surroundings<S>& around, Lanes lanes) {
@@ -164,13 +174,7 @@ HD void pass_on(V p, const Streams& streams, const Randomness& random, DType mir
       update_average<P>(p, ema, random, i, around, lanes);
     }
   }
-  if (std::byte* const to = streams.data[kMirror]; to != nullptr) {
-    if (mirror == DType::bfloat16) {
-      lanes.template store_nearest<BFloat16>(p, to + 2 * i);
-    } else {
-      lanes.template store_nearest<Float16>(p, to + 2 * i);
-    }
-  }
+  if (std::byte* const to = streams.data[kMirror]; to != nullptr) store_mirror(p, to, mirror, i, lanes);
 }
 
 // Calls visit(first element, lanes) for a few elements up to where the parameter is aligned, then for whole vectors,

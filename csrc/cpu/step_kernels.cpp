@@ -11,8 +11,7 @@
 namespace onepass {
 namespace {
 
-// --- Norms
-// ------------------------------------------------------------------------------------------------------------
+// --- Norms -----------------------------------------------------------------------------------------------------------
 
 using Double = Wide<double>;
 
@@ -63,8 +62,7 @@ void add_squares(const std::byte* values, std::size_t count, double* sums) {
   });
 }
 
-// --- Sums of gradients, and split numbers
-// -----------------------------------------------------------------------------
+// --- Sums of gradients, and split numbers ----------------------------------------------------------------------------
 
 template <class D>
 void accumulate(const std::byte* values, std::size_t count, double scale, const std::byte* from, std::byte* to) {
@@ -88,8 +86,7 @@ void join(const std::byte* high, const std::byte* low, std::size_t count, float*
   });
 }
 
-// --- The end of a step
-// ------------------------------------------------------------------------------------------------
+// --- The end of a step -----------------------------------------------------------------------------------------------
 
 template <class D>
 Isa finish(const Part& part, const std::byte* factors) {
@@ -108,8 +105,19 @@ Isa finish(const Part& part, const std::byte* factors) {
   return kIsa;
 }
 
-// --- Random numbers
-// ---------------------------------------------------------------------------------------------------
+template <class D>
+void show(const Part& part) {
+  using V = Wide<typename ComputeType<D>::Storage>;
+  const Streams streams = part.streams;
+  const DType mirror = part.mirror;
+  for_each_vector<V>(streams.data[kParam], kItem<D>, part.count,
+                     [=](std::size_t i, auto lanes) __attribute__((always_inline)) {
+                       const V p = V(1) * load_param<D, V>(streams, i, lanes);  // arithmetic makes every NaN quiet
+                       store_mirror(p, streams.data[kMirror], mirror, i, lanes);
+                     });
+}
+
+// --- Random numbers --------------------------------------------------------------------------------------------------
 
 // 16 counters side by side fill a group. Lane l of vector k of their words belongs to counter 16 * group + l.
 constexpr std::size_t kCounters = 16;
@@ -171,12 +179,11 @@ void normals(const RandomKey& key, std::size_t begin, std::size_t count, float* 
   }
 }
 
-// --- The table
-// --------------------------------------------------------------------------------------------------------
+// --- The table -------------------------------------------------------------------------------------------------------
 
 template <class... Ds>
 constexpr StepKernels table_of(TypeList<Ds...> /*dtypes*/) noexcept {
-  return {{{squares<Ds>, add_squares<Ds>, accumulate<Ds>, finish<Ds>}...}, join, rounding_bits, normals};
+  return {{{squares<Ds>, add_squares<Ds>, accumulate<Ds>, finish<Ds>, show<Ds>}...}, join, rounding_bits, normals};
 }
 
 }  // namespace

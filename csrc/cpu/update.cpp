@@ -17,7 +17,7 @@ namespace {
 
 // Elements for which random numbers are made, and strided streams are gathered, at a time: they stay in the
 // first-level cache.
-constexpr std::size_t kBlock = 1024;
+constexpr std::size_t kBlock = 512;
 static_assert(kBlock % kRandomGroup == 0);
 
 // Parts per thread: claimed one by one, so that a core that is busy elsewhere does not hold up the others.
@@ -56,7 +56,7 @@ bool is_plain(const Tensor& tensor) {
   for (const std::size_t stream : {kEma, kMirror, kRemainder, kAccumulator}) {
     if (tensor.streams.data[stream] != nullptr) return false;
   }
-  return around.clip_value == 0.0 && !around.zero_grads && !is_random(tensor);
+  return std::isinf(around.clip_value) && !around.zero_grads && !is_random(tensor);
 }
 
 Streams from_element(const Tensor& tensor, const Streams& streams, std::size_t element) {
@@ -87,7 +87,7 @@ void for_each_block(const Tensor& tensor, const Streams& streams, std::size_t fi
     return;
   }
   alignas(kCacheLine) std::byte gathered[kStreams][kBlock * sizeof(double)];
-  alignas(kCacheLine) std::uint32_t bits[kBlock];
+  alignas(kCacheLine) std::uint32_t bits[kBlock + 16];  // the last vector is read whole
   alignas(kCacheLine) float normals[kBlock];
   const StepKernels& kernels = *active_kernels().step;
   const auto is_gathered = [&](std::size_t stream) {
@@ -134,8 +134,7 @@ Isa update_range(const Tensor& tensor, const Streams& streams, std::size_t first
   return isa;
 }
 
-// --- Units whose weights are held below a norm
-// ------------------------------------------------------------------------
+// --- Units whose weights are held below a norm -----------------------------------------------------------------------
 
 // Units that are updated, measured and scaled together, so that their weights are still in the cache.
 struct Panels {
@@ -155,68 +154,64 @@ struct Panels {
   }
 };
 
-// What one panel needs beyond its tensor; kept by each thread from step to step.
-struct UnitScratch {
-  std::vector<double> sums;
-  std::vector<std::byte> factors;
-  std::vector<float> joined;
+// Elements of a parameter, at most kSquaresBlock, as numbers that can be squared: where they lie, or put together.
+class Values {
+ public:
+  explicit Values(const Tensor& tensor) : tensor_(tensor), low_(tensor.streams.data[kRemainder]) {}
+  DType dtype() const { return low_ == nullptr ? tensor_.dtypes[kParam] : DType::float32; }
+  const std::byte* read(std::size_t first, std::size_t count) {
+    const std::byte* const high = tensor_.streams.data[kParam] + first * itemsize(tensor_, kParam);
+    if (low_ == nullptr) return high;
+    const std::byte* low = low_ + first * sizeof(std::uint16_t);
+    if (tensor_.walk != nullptr && tensor_.walk->gather[kRemainder]) {
+      gather(tensor_.walk->axes[kRemainder], low_, sizeof(std::uint16_t), first, count, gathered_);
+      low = reinterpret_cast<const std::byte*>(gathered_);
+    }
+    active_kernels().step->join(high, low, count, joined_);
+    return reinterpret_cast<const std::byte*>(joined_);
+  }
+
+ private:
+  const Tensor& tensor_;
+  const std::byte* low_;
+  alignas(kCacheLine) float joined_[kSquaresBlock];
+  alignas(kCacheLine) std::uint16_t gathered_[kSquaresBlock];
 };
 
-double run_squares(const DTypeKernels& kernels, const std::byte* values, std::size_t size, std::size_t count) {
-  double total = 0.0;
-  for (std::size_t begin = 0; begin < count; begin += kSquaresBlock) {
-    const double sum = kernels.squares(values + begin * size, std::min(kSquaresBlock, count - begin)).sum;
-    total = begin == 0 ? sum : total + sum;
-  }
-  return total;
-}
-
 // Adds the squares of `units` runs that begin at element `first` to their sums.
-void add_row(const Tensor& tensor, std::size_t first, std::size_t units, UnitScratch& scratch) {
+void add_row(const Tensor& tensor, std::size_t first, std::size_t units, double* sums) {
+  Values values(tensor);
+  const DTypeKernels& kernels = kernels_for(values.dtype());
   const std::size_t run = tensor.units->run;
-  const std::size_t count = units * run;
-  const std::byte* values = tensor.streams.data[kParam] + first * itemsize(tensor, kParam);
-  DType dtype = tensor.dtypes[kParam];
-  if (const std::byte* low = tensor.streams.data[kRemainder]; low != nullptr) {
-    scratch.joined.resize(count);
-    if (tensor.walk != nullptr && tensor.walk->gather[kRemainder]) {
-      std::vector<std::uint16_t> gathered(count);
-      gather(tensor.walk->axes[kRemainder], low, sizeof(std::uint16_t), first, count, gathered.data());
-      active_kernels().step->join(values, reinterpret_cast<const std::byte*>(gathered.data()), count,
-                                  scratch.joined.data());
-    } else {
-      active_kernels().step->join(values, low + first * sizeof(std::uint16_t), count, scratch.joined.data());
-    }
-    values = reinterpret_cast<const std::byte*>(scratch.joined.data());
-    dtype = DType::float32;
-  }
-  const DTypeKernels& kernels = kernels_for(dtype);
   if (run == 1) {
-    kernels.add_squares(values, units, scratch.sums.data());
+    for (std::size_t u = 0; u < units; u += kSquaresBlock) {
+      const std::size_t n = std::min(kSquaresBlock, units - u);
+      kernels.add_squares(values.read(first + u, n), n, sums + u);
+    }
     return;
   }
-  const std::size_t size = info(dtype).itemsize;
   for (std::size_t u = 0; u < units; ++u) {
-    scratch.sums[u] = scratch.sums[u] + run_squares(kernels, values + u * run * size, size, run);
+    double total = 0.0;
+    for (std::size_t begin = 0; begin < run; begin += kSquaresBlock) {
+      const std::size_t n = std::min(kSquaresBlock, run - begin);
+      const double sum = kernels.squares(values.read(first + u * run + begin, n), n).sum;
+      total = begin == 0 ? sum : total + sum;
+    }
+    sums[u] = sums[u] + total;
   }
 }
 
 template <class S>
-bool fill_factors(const Units& units, std::span<const double> sums, std::vector<std::byte>& factors) {
-  factors.resize(sums.size() * units.run * sizeof(S));
-  S* to = reinterpret_cast<S*>(factors.data());
-  bool scaled = false;
-  for (const double sum : sums) {
-    const double norm = std::sqrt(sum);
-    const S factor = norm > units.limit ? static_cast<S>(units.limit / norm) : S(1);
-    scaled = scaled || norm > units.limit;
-    to = std::fill_n(to, units.run, factor);
+void fill_factors(const Units& units, const double* sums, std::size_t first, std::size_t count, std::byte* factors) {
+  S* const to = reinterpret_cast<S*>(factors);
+  for (std::size_t k = 0; k < count; ++k) {
+    const double norm = std::sqrt(sums[(first + k) / units.run]);
+    to[k] = norm > units.limit ? static_cast<S>(units.limit / norm) : S(1);
   }
-  return scaled;
 }
 
-Isa update_panel(const Tensor& tensor, std::size_t outer, std::size_t first_unit, std::size_t width) {
-  thread_local UnitScratch scratch;
+// `sums`: one for each unit of the panel.
+Isa update_panel(const Tensor& tensor, std::size_t outer, std::size_t first_unit, std::size_t width, double* sums) {
   const Units& units = *tensor.units;
   const auto row_begin = [&](std::size_t row) {
     return ((outer * units.depth + row) * units.units + first_unit) * units.run;
@@ -225,43 +220,52 @@ Isa update_panel(const Tensor& tensor, std::size_t outer, std::size_t first_unit
   Streams now = tensor.streams;  // what shows the new parameter waits until that is final
   now.data[kEma] = nullptr;
   now.data[kMirror] = nullptr;
-  scratch.sums.assign(width, 0.0);
+  std::fill_n(sums, width, 0.0);
   Isa isa = Isa::scalar;
   for (std::size_t row = 0; row < units.depth; ++row) {
     isa = update_range(tensor, now, row_begin(row), row_count);
-    add_row(tensor, row_begin(row), width, scratch);
+    add_row(tensor, row_begin(row), width, sums);
   }
-  const bool scaled = compute_type(tensor) == DType::float32
-                          ? fill_factors<float>(units, scratch.sums, scratch.factors)
-                          : fill_factors<double>(units, scratch.sums, scratch.factors);
+  const bool scaled = std::any_of(sums, sums + width, [&](double sum) { return std::sqrt(sum) > units.limit; });
   if (!scaled && tensor.streams.data[kEma] == nullptr && tensor.streams.data[kMirror] == nullptr) return isa;
 
   Streams later{};
   for (const std::size_t stream : {kParam, kRemainder, kEma, kMirror}) later.data[stream] = tensor.streams.data[stream];
-  const std::size_t factor_size = info(compute_type(tensor)).itemsize;
+  const DType compute = compute_type(tensor);
   const auto finish = kernels_for(tensor.dtypes[kParam]).finish;
+  alignas(kCacheLine) std::byte factors[kBlock * sizeof(double)];
   for (std::size_t row = 0; row < units.depth; ++row) {
-    const std::byte* factors = scratch.factors.data();
-    for_each_block(tensor, later, row_begin(row), row_count, [&](const Part& part) {
-      finish(part, factors);
-      factors += part.count * factor_size;
-    });
+    for (std::size_t begin = 0; begin < row_count; begin += kBlock) {
+      const std::size_t n = std::min(kBlock, row_count - begin);
+      if (compute == DType::float32) {
+        fill_factors<float>(units, sums, begin, n, factors);
+      } else {
+        fill_factors<double>(units, sums, begin, n, factors);
+      }
+      const std::byte* from = factors;
+      for_each_block(tensor, later, row_begin(row) + begin, n, [&](const Part& part) {
+        finish(part, from);
+        from += part.count * info(compute).itemsize;
+      });
+    }
   }
   return isa;
 }
 
-Isa update_panels(const Tensor& tensor, std::size_t first, std::size_t count) {
+// `sums`: one for each unit of the tensor.
+Isa update_panels(const Tensor& tensor, std::size_t first, std::size_t count, double* sums) {
   const Panels panels(tensor);
+  const std::size_t units = tensor.units->units;
   Isa isa = Isa::scalar;
   for (std::size_t item = first; item < first + count; ++item) {
+    const std::size_t outer = item / panels.count;
     const std::size_t unit = item % panels.count * panels.width;
-    isa = update_panel(tensor, item / panels.count, unit, std::min(panels.width, tensor.units->units - unit));
+    isa = update_panel(tensor, outer, unit, std::min(panels.width, units - unit), sums + outer * units + unit);
   }
   return isa;
 }
 
-// --- Dividing the work
-// ------------------------------------------------------------------------------------------------
+// --- Dividing the work -----------------------------------------------------------------------------------------------
 
 std::atomic<std::size_t> least_parallel_bytes{std::size_t{4} << 20};
 
@@ -387,40 +391,35 @@ Squares measure_block(const Tensor& tensor, std::size_t block) {
   return kernels.squares(buffer, count);
 }
 
-void exchange_range(const Tensor& tensor, std::size_t first, std::size_t count) {
-  const Streams streams = from_element(tensor, tensor.streams, first);
+// Of contiguous memory.
+void exchange_items(const Tensor& tensor, const Streams& streams, std::size_t count) {
   std::byte* const param = streams.data[kParam];
   std::byte* const ema = streams.data[kEma];
-  if (std::byte* const remainder = streams.data[kRemainder]; remainder != nullptr) {
-    for (std::size_t i = 0; i < count; ++i) {
-      Split split{};
-      float average = 0.0F;
-      std::memcpy(&split.high, param + 2 * i, 2);
-      std::memcpy(&split.low, remainder + 2 * i, 2);
-      std::memcpy(&average, ema + 4 * i, 4);
-      const float value = split.value();
-      split = Split::of(average);
-      std::memcpy(param + 2 * i, &split.high, 2);
-      std::memcpy(remainder + 2 * i, &split.low, 2);
-      std::memcpy(ema + 4 * i, &value, 4);
-    }
-  } else {
+  std::byte* const remainder = streams.data[kRemainder];
+  if (remainder == nullptr) {
     std::swap_ranges(param, param + count * itemsize(tensor, kParam), ema);
+    return;
   }
-  if (tensor.streams.data[kMirror] == nullptr) return;
-  alignas(kCacheLine) std::byte ones[kBlock * sizeof(double)];
-  if (compute_type(tensor) == DType::float32) {
-    std::fill_n(reinterpret_cast<float*>(ones), kBlock, 1.0F);
-  } else {
-    std::fill_n(reinterpret_cast<double*>(ones), kBlock, 1.0);
+  for (std::size_t i = 0; i < count; ++i) {
+    Split split{};
+    float average = 0.0F;
+    std::memcpy(&split.high, param + 2 * i, 2);
+    std::memcpy(&split.low, remainder + 2 * i, 2);
+    std::memcpy(&average, ema + 4 * i, 4);
+    const float value = split.value();
+    split = Split::of(average);
+    std::memcpy(param + 2 * i, &split.high, 2);
+    std::memcpy(remainder + 2 * i, &split.low, 2);
+    std::memcpy(ema + 4 * i, &value, 4);
   }
-  Streams shown{};
-  for (const std::size_t stream : {kParam, kRemainder, kMirror}) shown.data[stream] = tensor.streams.data[stream];
-  const auto finish = kernels_for(tensor.dtypes[kParam]).finish;
-  for (std::size_t begin = first; begin < first + count; begin += kBlock) {
-    for_each_block(tensor, shown, begin, std::min(kBlock, first + count - begin),
-                   [&](const Part& part) { finish(part, ones); });
-  }
+}
+
+void exchange_range(const Tensor& tensor, std::size_t first, std::size_t count) {
+  const auto show = kernels_for(tensor.dtypes[kParam]).show;
+  for_each_block(tensor, tensor.streams, first, count, [&](const Part& part) {
+    exchange_items(tensor, part.streams, part.count);
+    if (part.streams.data[kMirror] != nullptr) show(part);
+  });
 }
 
 std::size_t blocks_of(const Tensor& tensor) { return (tensor.count + kSquaresBlock - 1) / kSquaresBlock; }
@@ -441,6 +440,19 @@ std::size_t serial_bytes() { return least_parallel_bytes.load(std::memory_order_
 void set_serial_bytes(std::size_t bytes) { least_parallel_bytes.store(bytes, std::memory_order_relaxed); }
 
 Isa update(std::span<const Tensor> tensors, std::size_t threads) {
+  // The sums of all units, of memory that is there before anything is written.
+  thread_local std::vector<double> unit_sums;
+  thread_local std::vector<std::size_t> first_sums;
+  first_sums.clear();
+  std::size_t count = 0;
+  for (const Tensor& tensor : tensors) {
+    first_sums.push_back(count);
+    if (tensor.units != nullptr) count += tensor.units->outer * tensor.units->units;
+  }
+  unit_sums.resize(count);
+  double* const sums = unit_sums.data();
+  const std::size_t* const first_sum = first_sums.data();
+
   std::atomic<Isa> isa{active_kernels().isa};
   divide(
       tensors, threads,
@@ -449,10 +461,10 @@ Isa update(std::span<const Tensor> tensors, std::size_t threads) {
         const std::size_t items = tensor.units->outer * Panels(tensor).count;
         return {0, kLineOfItems, items, std::max(traffic(tensor) / items, std::size_t{1}) * items};
       },
-      [&](std::size_t t, std::size_t first, std::size_t count) {
+      [&](std::size_t t, std::size_t first, std::size_t items) {
         const Tensor& tensor = tensors[t];
-        isa.store(tensor.units == nullptr ? update_range(tensor, tensor.streams, first, count)
-                                          : update_panels(tensor, first, count),
+        isa.store(tensor.units == nullptr ? update_range(tensor, tensor.streams, first, items)
+                                          : update_panels(tensor, first, items, sums + first_sum[t]),
                   std::memory_order_relaxed);
       });
   return isa.load(std::memory_order_relaxed);
@@ -474,7 +486,9 @@ void measure(std::span<const Tensor> tensors, std::size_t threads, std::span<Squ
       tensors, threads,
       [](const Tensor& tensor) -> Extent {
         const std::size_t stream = tensor.streams.data[kGrad] != nullptr ? kGrad : kAccumulator;
-        return {0, kLineOfItems, blocks_of(tensor), blocks_of(tensor) * kSquaresBlock * itemsize(tensor, stream)};
+        const std::size_t items = std::max(blocks_of(tensor), std::size_t{1});
+        return {0, kLineOfItems, items,
+                std::max(tensor.count * itemsize(tensor, stream) / items, std::size_t{1}) * items};
       },
       [&](std::size_t t, std::size_t first, std::size_t count) {
         for (std::size_t b = first; b < first + count; ++b) results[offsets[t] + b] = measure_block(tensors[t], b);

@@ -123,6 +123,7 @@ class StepReport(NamedTuple):
 
 
 _STEP_OPTIONS = tuple(StepOptions.__annotations__)
+_OPTIONS = (*StepOptions.__annotations__, *FunctionOptions.__annotations__)
 _STREAMS = ("emas", "mirrors", "remainders", "accumulators")  # in the order of the compiled module
 _MAX_SLOTS = 3
 
@@ -139,8 +140,8 @@ def _apply(
     """Update by the rule of `cls`. `states`: the states by argument name, in the order of the rule's slots."""
     step = integer(step, "step", 1, 2**62)
     for name in options:
-        if name not in FunctionOptions.__annotations__:
-            raise TypeError(f"{name}: is not an argument of functional.{cls.__name__.lower()}")
+        if name not in _OPTIONS:
+            raise TypeError(f"{name}: is not an argument of this function; options are {', '.join(_OPTIONS)}")
     single = not is_sequence(params)
 
     def as_list(name: str, value: Any) -> Sequence[Any] | None:

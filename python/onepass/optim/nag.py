@@ -127,7 +127,7 @@ class NAG(Optimizer):
                 mu_v = self.surround(self._hyper[groups[index]], max(1, t))[0]["step_v"]
                 array = _cpu.as_ndarray(param, names[index])
                 compute = compute_dtype(array.dtype)
-                value = self._masters[index]() if self._masters else array.astype(compute, copy=False)
+                value = self._master_of(index) if self._storage.split else array.astype(compute, copy=False)
                 velocity = self.state[index]["velocity"].astype(compute, copy=False)
                 flat.append(np.asarray(value + compute.type(mu_v) * velocity))
         return self._structure.rebuild(flat)

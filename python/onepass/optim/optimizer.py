@@ -51,7 +51,17 @@ RULES: dict[str, Mapping[str, Any]] = {row["name"]: row for row in _cpu.registry
 
 _NOT_GIVEN: Any = object()
 
-_ENTRIES = ("optimizer", "param_groups", "state", "seed", "skipped", "accumulated", "ema_swapped")
+_ENTRIES = (
+    "optimizer",
+    "param_groups",
+    "state",
+    "seed",
+    "skipped",
+    "accumulated",
+    "ema_swapped",
+    "rounding",
+    "accumulate",
+)
 
 
 class Optimizer:
@@ -121,9 +131,9 @@ class Optimizer:
     #: Hyper-parameters that have done their work when the constructor returns.
     _construction_only: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, params: Params, grads: Grads, hyper: Mapping[str, Any], options: Options) -> None:
+    def __init__(self, params: Params, grads: Grads, hyper: Mapping[str, Any], options: Options | None = None) -> None:
         structure, arrays, overrides = parse_groups(params)
-        of_group, storage = split_options(options, type(self).__name__)
+        of_group, storage = split_options(options or {}, type(self).__name__)
         defaults = hp.checked({**hyper, **of_group})
         names = structure.names("params", "['params']")
         several = structure.kind == "groups"
@@ -136,7 +146,6 @@ class Optimizer:
         self._hyper: list[Hyper] = []
         self._dtypes: list[set[np.dtype[Any]]] = []
         self._rules: list[str] = []
-        self._masters: list[Callable[[], npt.NDArray[Any]]] = []
         for index, (group, own) in enumerate(zip(arrays, overrides, strict=True)):
             prefix = f"params[{index}]['{{}}']" if several else "{}"
             for name in own:
@@ -185,7 +194,6 @@ class Optimizer:
             stochastic=storage.stochastic,
             accumulate=storage.accumulate,
         )
-        self._swapped = False
         self._bound = None if grads is None else tuple(structure.flatten(grads, "grads"))
         self._updater.check(self._bound)
         self._state = tuple(MappingProxyType(state) for state in states)
@@ -203,13 +211,16 @@ class Optimizer:
         for axis in () if values["max_unit_norm"] is None else values["max_unit_norm"][1]:
             if not -array.ndim <= axis < array.ndim:
                 raise ValueError(f"{name}: max_unit_norm needs axis {axis}, and its shape is {array.shape}")
+        if values["max_unit_norm"] is not None:
+            axes = [axis % array.ndim for axis in values["max_unit_norm"][1]]
+            if len(set(axes)) < len(axes):
+                raise ValueError(f"{name}: max_unit_norm names an axis twice, for its shape {array.shape}")
         dtype = state_dtype_for(array.dtype, self._storage.state_dtype, name)
         state = {slot: _cpu.state_like(array, start, dtype) for slot in slots}
         if split:
             if array.dtype.name != "bfloat16":
                 raise TypeError(f"master: 'split' needs parameters of bfloat16, and {name} is {array.dtype}")
             state["remainder"] = _cpu.state_like(array, 0.0, np.dtype(np.uint16))
-            self._masters.append(functools.partial(_joined, array, state["remainder"]))
         if values["ema_decay"] is not None:
             state["ema"] = _cpu.state_like(array, 0.0, compute if split else array.dtype)
             state["ema"][...] = array
@@ -298,8 +309,6 @@ class Optimizer:
             If this optimizer is in the middle of a step already (another thread, or a schedule that calls `step`), or
             if parameters and averages are exchanged (:meth:`swap_ema`).
         """
-        if self._swapped:
-            raise RuntimeError("parameters and averages are exchanged; call swap_ema() before the next step")
         if grads is _NOT_GIVEN:
             if self._bound is None:
                 raise TypeError("grads: step() needs gradients, because none were bound at construction")
@@ -342,6 +351,8 @@ class Optimizer:
     def swap_ema(self) -> None:
         """Exchange parameters and averages, in place; `mirror` follows. A second call exchanges them back, exactly.
 
+        Parameters that have had no step yet have no average, and are left alone.
+
         Raises
         ------
         RuntimeError
@@ -350,14 +361,18 @@ class Optimizer:
         if all("ema" not in state for state in self._state):
             raise RuntimeError("there are no averages; pass ema_decay= to the constructor")
         self._updater.swap_ema()
-        self._swapped = not self._swapped
 
     @property
     def master(self) -> Any:
         """With ``master="split"`` the float32 values of the parameters, as new arrays in their structure; else None."""
-        if not self._masters:
+        if not self._storage.split:
             return None
-        return self._structure.rebuild([joined() for joined in self._masters])
+        with self._updater:
+            return self._structure.rebuild([self._master_of(index) for index in range(len(self._flat))])
+
+    def _master_of(self, index: int) -> npt.NDArray[Any]:
+        name = self._structure.names("params", "['params']")[index]
+        return np.asarray(_joined(_cpu.as_ndarray(self._flat[index], name), self._state[index]["remainder"]))
 
     # Hyper-parameters
 
@@ -416,7 +431,8 @@ class Optimizer:
         -------
         dict
             ``{"optimizer": name, "param_groups": [{"params": [indices], name: value, ...}], "state": {index: {"step":
-            count, name: array, ...}}, "seed": int, "skipped": int, "accumulated": int, "ema_swapped": bool}``. With
+            count, name: array, ...}}, "seed": int, "skipped": int, "accumulated": int, "ema_swapped": bool,
+            "rounding": str, "accumulate": int}``. The last two belong to the optimizer and must match at load. With
             `accumulate` each state has "received" too: its gradients in the sum. Arrays are copies. Parameters are not
             part of it.
         """
@@ -442,7 +458,9 @@ class Optimizer:
                 "seed": self._updater.seed,
                 "skipped": self._updater.skipped,
                 "accumulated": self._updater.accumulated,
-                "ema_swapped": self._swapped,
+                "ema_swapped": self._updater.swapped,
+                "rounding": "stochastic" if self._storage.stochastic else "nearest",
+                "accumulate": self._storage.accumulate,
             }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -459,6 +477,14 @@ class Optimizer:
             counts, received, copies = self._read_state(state_dict["state"])
             seed = seed_number(scalar(state_dict["seed"]))
             skipped = count(state_dict["skipped"], "skipped")
+            for name, own in (
+                ("rounding", "stochastic" if self._storage.stochastic else "nearest"),
+                ("accumulate", self._storage.accumulate),
+            ):
+                if scalar(state_dict[name]) != own:
+                    raise ValueError(
+                        f"{name}: the state is of {scalar(state_dict[name])!r}, and this optimizer has {own!r}"
+                    )
             accumulated = integer(scalar(state_dict["accumulated"]), "accumulated", 0, self._storage.accumulate - 1)
             for index, number in enumerate(received):
                 integer(number, f"state[{index}]['received']", 0, accumulated)
@@ -470,7 +496,7 @@ class Optimizer:
             self._updater.seed = seed
             self._updater.skipped = skipped
             self._updater.set_sums(accumulated, received)
-            self._swapped = swapped
+            self._updater.swapped = swapped
             for array, value in copies:
                 np.copyto(array, value)
             for values, loaded in zip(self._hyper, groups, strict=True):

@@ -119,7 +119,7 @@ def _state_dtype(value: Any) -> np.dtype[Any] | None:
         return None
     try:
         dtype = bfloat16() if value == "bfloat16" else np.dtype(value)
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(f"state_dtype: expected a dtype or None, got {value!r}") from None
     if not any(dtype.name == state for _, _, state in _cpu.storages()) or not dtype.isnative:
         raise TypeError(f"state_dtype: {dtype} is not among those of states; {storage_table()}")
