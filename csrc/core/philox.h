@@ -47,19 +47,31 @@ struct PhiloxOutput {
   L word[4];
 };
 
+// The keys of all rounds.
+struct PhiloxKeys {
+  std::uint64_t key[10][2];
+  HD explicit PhiloxKeys(std::uint64_t seed) {
+    auto k0 = static_cast<std::uint32_t>(seed);
+    auto k1 = static_cast<std::uint32_t>(seed >> 32U);
+    for (auto& round : key) {
+      round[0] = k0;
+      round[1] = k1;
+      k0 += 0x9E3779B9U;
+      k1 += 0xBB67AE85U;
+    }
+  }
+};
+
 template <class L>
-HD PhiloxOutput<L> philox(L c0, L c1, L c2, L c3, std::uint64_t seed) {
-  auto k0 = static_cast<std::uint32_t>(seed);
-  auto k1 = static_cast<std::uint32_t>(seed >> 32U);
-  for (int round = 0; round < 10; ++round) {
+HD PhiloxOutput<L> philox(L c0, L c1, L c2, L c3, const PhiloxKeys& keys) {
+#pragma GCC unroll 10
+  for (const auto& round : keys.key) {
     const L a = multiply(c0, 0xD2511F53U);
     const L b = multiply(c2, 0xCD9E8D57U);
-    c0 = upper(b) ^ c1 ^ L(k0);
+    c0 = upper(b) ^ c1 ^ L(round[0]);
     c1 = b;
-    c2 = upper(a) ^ c3 ^ L(k1);
+    c2 = upper(a) ^ c3 ^ L(round[1]);
     c3 = a;
-    k0 += 0x9E3779B9U;
-    k1 += 0xBB67AE85U;
   }
   return {{c0, c1, c2, c3}};
 }

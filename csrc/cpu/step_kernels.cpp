@@ -128,7 +128,7 @@ static_assert(WideWords::lanes * WideWords::parts == Floats::lanes);
 
 // Calls visit(first lane, the four words of Floats::lanes counters) until the group is complete.
 template <class Visit>
-HD void for_each_counter(const RandomKey& key, std::uint64_t group, Visit visit) {
+HD void for_each_counter(const RandomKey& key, const PhiloxKeys& keys, std::uint64_t group, Visit visit) {
   const CounterTail tail = counter_tail(key, group * kCounters);
   for (std::size_t lane = 0; lane < kCounters; lane += Floats::lanes) {
     constexpr std::size_t parts = WideWords::parts;
@@ -136,7 +136,7 @@ HD void for_each_counter(const RandomKey& key, std::uint64_t group, Visit visit)
     for (std::size_t k = 0; k < parts; ++k) {
       const std::uint64_t block = (group * kCounters + lane + k) & 0xFFFFFFFFU;
       const auto output = philox(WideWords::counting(block), WideWords(std::uint64_t{tail.c1}),
-                                 WideWords(std::uint64_t{tail.c2}), WideWords(std::uint64_t{tail.c3}), key.seed);
+                                 WideWords(std::uint64_t{tail.c2}), WideWords(std::uint64_t{tail.c3}), keys);
       for (std::size_t w = 0; w < 4; ++w) words[w][k] = output.word[w];
     }
     visit(lane, WideWords::merge(words[0]), WideWords::merge(words[1]), WideWords::merge(words[2]),
@@ -145,9 +145,10 @@ HD void for_each_counter(const RandomKey& key, std::uint64_t group, Visit visit)
 }
 
 void rounding_bits(const RandomKey& key, std::size_t begin, std::size_t count, std::uint32_t* bits) {
+  const PhiloxKeys keys(key.seed);
   for (std::size_t i = 0; i < count; i += kRandomGroup) {
     std::uint32_t* const group = bits + i;
-    for_each_counter(key, (begin + i) / kRandomGroup,
+    for_each_counter(key, keys, (begin + i) / kRandomGroup,
                      [=](std::size_t lane, Integers a, Integers b, Integers c, Integers d)
                          __attribute__((always_inline)) {
                            const Integers words[] = {a, b, c, d};
@@ -160,11 +161,12 @@ void rounding_bits(const RandomKey& key, std::size_t begin, std::size_t count, s
 }
 
 void normals(const RandomKey& key, std::size_t begin, std::size_t count, float* values) {
+  const PhiloxKeys keys(key.seed);
   constexpr std::size_t per_group = 4 * kCounters;
   for (std::size_t i = 0; i < count; i += per_group) {
     float* const group = values + i;
     for_each_counter(
-        key, (begin + i) / per_group,
+        key, keys, (begin + i) / per_group,
         [=](std::size_t lane, Integers a, Integers b, Integers c, Integers d) __attribute__((always_inline)) {
           const auto put = [&](Floats value, std::size_t which) __attribute__((always_inline)) {
             value.template store<Float32>(reinterpret_cast<std::byte*>(group + which * kCounters + lane));
