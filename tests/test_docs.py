@@ -58,8 +58,9 @@ def failures(test):
 
 
 @pages
-def test_code_on_the_page_runs(page):
+def test_code_on_the_page_runs(page, tmp_path, monkeypatch):
     """Blocks with prompts print what they say; blocks without run. The blocks of a page share their names."""
+    monkeypatch.chdir(tmp_path)
     names = {"__name__": page.stem}
     for line, code in blocks(page, "python"):
         if "import torch" in code and not HAVE_TORCH:

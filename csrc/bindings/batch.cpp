@@ -404,4 +404,11 @@ void Batch::exchange() const {
   });
 }
 
+void Batch::show() const {
+  with_threads(tensors_, [&](std::size_t threads) {
+    onepass::show(tensors_, threads);
+    return true;
+  });
+}
+
 }  // namespace onepass

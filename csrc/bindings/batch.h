@@ -64,6 +64,7 @@ class Batch {
   void accumulate() const;
   void zero_gradients() const;
   void exchange() const;
+  void show() const;
 
  private:
   struct Entry {

@@ -264,26 +264,41 @@ class Updater final : public Naming {
     swapped_ = !swapped_;
   }
 
-  std::vector<std::int64_t> counts() const { return {counts_.begin(), counts_.end()}; }
-  void set_counts(const std::vector<std::int64_t>& counts) {
-    if (counts.size() != arrays_.size()) throw py::value_error("counts: one for each parameter is needed");
-    std::ranges::copy(counts, counts_.begin());
+  // Validates parameters and mirrors and, unless it only `tries`, rounds the ones into the others. Between enter() and
+  // leave(), for what has written into parameters.
+  void show(bool tries) {
+    const Release release(*this);
+    batch_.zero_grads = false;
+    for (std::size_t i = 0; i < arrays_.size(); ++i) {
+      if (!arrays_[i].stream[kMirror]) continue;
+      batch_.add(kernel_named(rules_[group_of_[i]]), arrays_of(i, false), neutral_setting(), i);
+    }
+    batch_.validate(*this);
+    if (!tries) batch_.show();
   }
+
+  // All that an optimizer knows of the past beside its arrays. Between enter() and leave().
+  void restore(const std::vector<std::int64_t>& counts, std::vector<std::int64_t> received, std::int64_t accumulated,
+               std::uint64_t seed, std::int64_t skipped, bool swapped) {
+    if (counts.size() != arrays_.size() || received.size() != arrays_.size()) {
+      throw py::value_error("counts, received: one for each parameter is needed");
+    }
+    std::ranges::copy(counts, counts_.begin());
+    received_ = std::move(received);
+    accumulated_ = accumulated;
+    seed_ = seed;
+    skipped_ = skipped;
+    swapped_ = swapped;
+  }
+
+  std::vector<std::int64_t> counts() const { return {counts_.begin(), counts_.end()}; }
 
   std::optional<double> grad_norm() const { return grad_norm_; }
   std::uint64_t seed() const { return seed_; }
-  void set_seed(std::uint64_t seed) { seed_ = seed; }
   std::int64_t skipped() const { return skipped_; }
-  void set_skipped(std::int64_t skipped) { skipped_ = skipped; }
   bool swapped() const { return swapped_; }
-  void set_swapped(bool swapped) { swapped_ = swapped; }
   std::int64_t accumulated() const { return accumulated_; }
   std::vector<std::int64_t> received() const { return received_; }
-  void set_sums(std::int64_t accumulated, std::vector<std::int64_t> received) {
-    if (received.size() != arrays_.size()) throw py::value_error("received: one for each parameter is needed");
-    accumulated_ = accumulated;
-    received_ = std::move(received);
-  }
 
   // Between the two no step begins: for Python code that reads or writes counts and states as a whole.
   void enter() {
@@ -497,6 +512,38 @@ py::object as_ndarray(const py::object& param, const std::string& name) {
   }
 }
 
+// The turns of several objects, taken in one go and given back in one go: an interrupt finds all of them taken or none.
+class Turns {
+ public:
+  explicit Turns(std::vector<py::object> objects) : objects_(std::move(objects)) {}
+  void enter() const {
+    std::size_t taken = 0;
+    try {
+      for (; taken < objects_.size(); ++taken) objects_[taken].attr("__enter__")();
+    } catch (...) {
+      leave(taken);
+      throw;
+    }
+  }
+  void leave() const { leave(objects_.size()); }
+
+ private:
+  void leave(std::size_t taken) const {
+    while (taken-- > 0) objects_[taken].attr("__exit__")(py::none(), py::none(), py::none());
+  }
+  std::vector<py::object> objects_;
+};
+
+// Calls each function with its arguments, one after another. The interpreter runs signal handlers between instructions
+// of Python, and here are none: if all are compiled functions, an interrupt finds all of them done or none.
+void call_all(const std::vector<std::pair<py::object, py::tuple>>& calls) {
+  for (const auto& [function, arguments] : calls) {
+    if (!py::reinterpret_steal<py::object>(PyObject_CallObject(function.ptr(), arguments.ptr()))) {
+      throw py::error_already_set();
+    }
+  }
+}
+
 // A state array filled with `value`, like `param` in shape and memory order, and like it in its place relative to cache
 // lines, so that a kernel that is aligned in one is aligned in both. `dtype`: of NumPy, of any kind.
 py::object state_like(const py::array& param, double value, const py::dtype& dtype) {
@@ -543,13 +590,15 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
       .def("check", &Updater::check, py::arg("grads").none(true))
       .def("step", &Updater::step, py::arg("grads"), py::arg("recipes"), py::arg("options").none(true) = py::none())
       .def("swap_ema", &Updater::swap_ema)
-      .def("set_sums", &Updater::set_sums, py::arg("accumulated"), py::arg("received"))
+      .def("show", &Updater::show, py::arg("tries"))
+      .def("restore", &Updater::restore, py::arg("counts"), py::arg("received"), py::arg("accumulated"),
+           py::arg("seed"), py::arg("skipped"), py::arg("swapped"))
       .def("__enter__", &Updater::enter)
       .def("__exit__", [](Updater& updater, const py::args& /*exception*/) { updater.leave(); })
-      .def_property("counts", &Updater::counts, &Updater::set_counts)
-      .def_property("seed", &Updater::seed, &Updater::set_seed)
-      .def_property("skipped", &Updater::skipped, &Updater::set_skipped)
-      .def_property("swapped", &Updater::swapped, &Updater::set_swapped)
+      .def_property_readonly("counts", &Updater::counts)
+      .def_property_readonly("seed", &Updater::seed)
+      .def_property_readonly("skipped", &Updater::skipped)
+      .def_property_readonly("swapped", &Updater::swapped)
       .def_property_readonly("accumulated", &Updater::accumulated)
       .def_property_readonly("received", &Updater::received)
       .def_property_readonly("grad_norm", &Updater::grad_norm)
@@ -559,6 +608,11 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
         py::arg("options").none(true), py::arg("seed"), py::arg("stochastic"), py::arg("summation"), py::arg("names"),
         py::arg("single") = false);
   m.def("as_ndarray", &as_ndarray, py::arg("param"), py::arg("name"));
+  py::class_<Turns>(m, "Turns")
+      .def(py::init<std::vector<py::object>>(), py::arg("objects"))
+      .def("__enter__", &Turns::enter)
+      .def("__exit__", [](const Turns& turns, const py::args& /*exception*/) { turns.leave(); });
+  m.def("call_all", &call_all, py::arg("calls"));
   m.def("state_like", &state_like, py::arg("param"), py::arg("value"), py::arg("dtype"));
   m.def("registry", &registry);
   m.def("dtypes", [] {

@@ -422,6 +422,11 @@ void exchange_range(const Tensor& tensor, std::size_t first, std::size_t count) 
   });
 }
 
+void show_range(const Tensor& tensor, std::size_t first, std::size_t count) {
+  if (tensor.streams.data[kMirror] == nullptr) return;
+  for_each_block(tensor, tensor.streams, first, count, kernels_for(tensor.dtypes[kParam]).show);
+}
+
 std::size_t blocks_of(const Tensor& tensor) { return (tensor.count + kSquaresBlock - 1) / kSquaresBlock; }
 
 }  // namespace
@@ -525,6 +530,13 @@ void exchange(std::span<const Tensor> tensors, std::size_t threads) {
       tensors, threads,
       [](const Tensor& tensor) { return extent(tensor, 2 * (itemsize(tensor, kParam) + itemsize(tensor, kEma))); },
       [&](std::size_t t, std::size_t first, std::size_t count) { exchange_range(tensors[t], first, count); });
+}
+
+void show(std::span<const Tensor> tensors, std::size_t threads) {
+  divide(
+      tensors, threads,
+      [](const Tensor& tensor) { return extent(tensor, itemsize(tensor, kParam) + itemsize(tensor, kMirror)); },
+      [&](std::size_t t, std::size_t first, std::size_t count) { show_range(tensors[t], first, count); });
 }
 
 }  // namespace onepass

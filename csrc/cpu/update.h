@@ -73,4 +73,7 @@ void zero_gradients(std::span<const Tensor> tensors, std::size_t threads);
 // Exchanges parameters and their averages; mirrors follow the parameters.
 void exchange(std::span<const Tensor> tensors, std::size_t threads);
 
+// Mirrors take the parameters as they are.
+void show(std::span<const Tensor> tensors, std::size_t threads);
+
 }  // namespace onepass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from onepass import _cpu, functional, schedules
 from onepass.batchnorm import BatchNorm, empty_cache, get_cache_limit, set_cache_limit
+from onepass.checkpoint import load, save
 from onepass.isa import available_isas, isa, set_isa
 from onepass.isa import read_environment as _read_isa
 from onepass.optim import (
@@ -46,6 +47,8 @@ __all__ = [
     "get_cache_limit",
     "get_num_threads",
     "isa",
+    "load",
+    "save",
     "schedules",
     "set_cache_limit",
     "set_isa",

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from onepass import _cpu
 from onepass.optim.hyper import flag, real
 from onepass.optim.optimizer import Array
-from onepass.state_dicts import count, entries, matching_array
+from onepass.state_dicts import Call, assignment, carry_out, count, entries, matching_array
 
 FloatArray: TypeAlias = npt.NDArray[Any]
 Activation: TypeAlias = Literal["relu"] | None
@@ -558,9 +558,13 @@ class BatchNorm:
     def reset_running_stats(self) -> None:
         """Forget all batches: mean 0, variance 1, none tracked."""
         with self._turn:
-            self._running_mean.fill(0.0)
-            self._running_var.fill(1.0)
-            self._record[1] = 0
+            carry_out(
+                [
+                    (self._running_mean.fill, (0.0,)),
+                    (self._running_var.fill, (1.0,)),
+                    (self._record.__setitem__, (1, 0)),
+                ]
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot that :meth:`load_state_dict` restores exactly.
@@ -577,19 +581,28 @@ class BatchNorm:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore parameters and statistics, in place, from a :meth:`state_dict`.
 
+        An interrupt finds all of it done or nothing.
+
         Raises
         ------
         TypeError, ValueError
             If it is of a layer of another size, dtype or `affine`. Nothing has changed then.
         """
         with self._turn:
-            own = self._state()
-            given = entries(state_dict, "state_dict", (*own, "num_batches_tracked"))
-            copies = [(array, matching_array(given[name], array, name).copy()) for name, array in own.items()]
-            batches = count(given["num_batches_tracked"], "num_batches_tracked")
-            for array, value in copies:
-                np.copyto(array, value)
-            self._record[1] = batches
+            carry_out(self._loading(state_dict))
+
+    def _saved(self) -> dict[str, Any]:
+        return {**self._state(), "num_batches_tracked": self._record[1]}
+
+    def _loading(self, saved: Mapping[str, Any]) -> list[Call]:
+        """What has to be done to restore a snapshot, which has been checked; none of it can fail."""
+        own = self._state()
+        given = entries(saved, "state_dict", (*own, "num_batches_tracked"))
+        calls: list[Call] = [
+            assignment(array, matching_array(given[name], array, name).copy()) for name, array in own.items()
+        ]
+        batches = count(given["num_batches_tracked"], "num_batches_tracked")
+        return [*calls, (self._record.__setitem__, (1, batches))]
 
     def _state(self) -> dict[str, FloatArray]:
         return {**self.parameters(), "running_mean": self._running_mean, "running_var": self._running_var}

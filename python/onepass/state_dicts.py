@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from onepass import _cpu
+
+Call: TypeAlias = tuple[Callable[..., Any], tuple[Any, ...]]
+
+#: Stands for a function that was a hyper-parameter and is in no file: the optimizer's own takes its place.
+OWN_FUNCTION = object()
+
+
+def assignment(array: npt.NDArray[Any], value: npt.NDArray[Any]) -> Call:
+    """The call that copies `value` into `array`, of the same shape and dtype."""
+    return np.ndarray.__setitem__, (array, ..., value)
+
+
+def carry_out(calls: Sequence[Call]) -> None:
+    """Make all calls, of compiled functions that do not fail: an interrupt comes before or after them."""
+    _cpu.call_all(calls)
 
 
 def entries(value: Any, label: str, keys: Any) -> Mapping[Any, Any]:

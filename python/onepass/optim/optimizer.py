@@ -23,11 +23,11 @@ from onepass.optim.options import (
     integer,
     seed_number,
     split_options,
-    state_dtype_for,
     step_options,
 )
+from onepass.optim.states import NewStates, fill
 from onepass.optim.structure import parse_groups
-from onepass.state_dicts import count, entries, matching_array, scalar
+from onepass.state_dicts import OWN_FUNCTION, Call, assignment, carry_out, count, entries, matching_array, scalar
 
 
 class SupportsDLPack(Protocol):
@@ -106,6 +106,12 @@ class Optimizer:
     master : "split", optional
         Keep what rounding takes from parameters of bfloat16 as a state (`remainder`, 16 bits), so that they train as
         if they were float32; :attr:`master` puts both together.
+    state_alloc : callable, optional
+        ``(name, shape, dtype) -> array``: where each state array (and average, and sum of gradients) lives, for states
+        in a file (:class:`numpy.memmap`) or in shared memory. `name` is the parameter's key or index and the state's
+        name, ``"fc1.weight.exp_avg"`` or ``"0.exp_avg"``. What it returns is a writable NumPy array of this shape and
+        dtype, dense in memory, and is filled with the state's initial value (zeros that are there already are not
+        written, so a sparse file stays sparse).
 
     Notes
     -----
@@ -143,6 +149,8 @@ class Optimizer:
         flat: list[Any] = []
         group_of: list[int] = []
         states: list[dict[str, npt.NDArray[Any]]] = []
+        fills: list[tuple[npt.NDArray[Any], Any]] = []
+        keys = structure.paths()
         self._hyper: list[Hyper] = []
         self._dtypes: list[set[np.dtype[Any]]] = []
         self._rules: list[str] = []
@@ -163,7 +171,11 @@ class Optimizer:
             hp.require_representable(values, dtypes, prefix)
             start = self._initial_state(values)
             for array in like:
-                states.append(self._states_of(array, names[len(flat)], RULES[rule]["slots"], start, values))
+                self._check_axes(values["max_unit_norm"], array, names[len(flat)])
+                new = NewStates(array, names[len(flat)], keys[len(flat)], storage)
+                new.add(RULES[rule]["slots"], start, ema=values["ema_decay"] is not None)
+                states.append(new.arrays)
+                fills.extend(new.fills)
                 flat.append(group[len(flat) - len(group_of)])
             group_of.extend([index] * len(group))
             self._hyper.append(values)
@@ -196,6 +208,8 @@ class Optimizer:
         )
         self._bound = None if grads is None else tuple(structure.flatten(grads, "grads"))
         self._updater.check(self._bound)
+        for array, initial in fills:  # not before the check has shown that they lie in nobody's way
+            fill(array, initial)
         self._state = tuple(MappingProxyType(state) for state in states)
         self._param_groups = tuple(
             # The check holds the class and not this optimizer, which is freed when its last user lets go of it.
@@ -203,30 +217,15 @@ class Optimizer:
             for group, values, rule, dtypes in zip(arrays, self._hyper, self._rules, self._dtypes, strict=True)
         )
 
-    def _states_of(
-        self, array: npt.NDArray[Any], name: str, slots: Sequence[str], start: float, values: Hyper
-    ) -> dict[str, npt.NDArray[Any]]:
-        """New state arrays of one parameter, by name."""
-        compute, split = compute_dtype(array.dtype), self._storage.split
-        for axis in () if values["max_unit_norm"] is None else values["max_unit_norm"][1]:
+    @staticmethod
+    def _check_axes(unit_norm: UnitNorm, array: npt.NDArray[Any], name: str) -> None:
+        for axis in () if unit_norm is None else unit_norm[1]:
             if not -array.ndim <= axis < array.ndim:
                 raise ValueError(f"{name}: max_unit_norm needs axis {axis}, and its shape is {array.shape}")
-        if values["max_unit_norm"] is not None:
-            axes = [axis % array.ndim for axis in values["max_unit_norm"][1]]
+        if unit_norm is not None:
+            axes = [axis % array.ndim for axis in unit_norm[1]]
             if len(set(axes)) < len(axes):
                 raise ValueError(f"{name}: max_unit_norm names an axis twice, for its shape {array.shape}")
-        dtype = state_dtype_for(array.dtype, self._storage.state_dtype, name)
-        state = {slot: _cpu.state_like(array, start, dtype) for slot in slots}
-        if split:
-            if array.dtype.name != "bfloat16":
-                raise TypeError(f"master: 'split' needs parameters of bfloat16, and {name} is {array.dtype}")
-            state["remainder"] = _cpu.state_like(array, 0.0, np.dtype(np.uint16))
-        if values["ema_decay"] is not None:
-            state["ema"] = _cpu.state_like(array, 0.0, compute if split else array.dtype)
-            state["ema"][...] = array
-        if self._storage.accumulate > 1:
-            state["accumulator"] = _cpu.state_like(array, 0.0, compute)
-        return state
 
     # What a subclass says of itself
 
@@ -434,37 +433,48 @@ class Optimizer:
             count, name: array, ...}}, "seed": int, "skipped": int, "accumulated": int, "ema_swapped": bool,
             "rounding": str, "accumulate": int}``. The last two belong to the optimizer and must match at load. With
             `accumulate` each state has "received" too: its gradients in the sum. Arrays are copies. Parameters are not
-            part of it.
+            part of it; :func:`onepass.save` writes both.
         """
         with self._updater:
-            groups: list[dict[str, Any]] = []
-            start = 0
-            for group, values in zip(self._param_groups, self._hyper, strict=True):
-                stop = start + len(group["params"])
-                groups.append({"params": list(range(start, stop)), **values})
-                start = stop
-            counts, received = self._updater.counts, self._updater.received
-            return {
-                "optimizer": type(self).__name__,
-                "param_groups": groups,
-                "state": {
-                    index: {
-                        "step": counts[index],
-                        **({"received": received[index]} if self._storage.accumulate > 1 else {}),
-                        **{name: array.copy(order="K") for name, array in arrays.items()},
-                    }
-                    for index, arrays in enumerate(self._state)
-                },
-                "seed": self._updater.seed,
-                "skipped": self._updater.skipped,
-                "accumulated": self._updater.accumulated,
-                "ema_swapped": self._updater.swapped,
-                "rounding": "stochastic" if self._storage.stochastic else "nearest",
-                "accumulate": self._storage.accumulate,
-            }
+            snapshot = self._snapshot()
+            for entry in snapshot["state"].values():
+                for name, value in entry.items():
+                    if isinstance(value, np.ndarray):
+                        entry[name] = value.copy(order="K")
+            return snapshot
+
+    def _snapshot(self) -> dict[str, Any]:
+        """What `state_dict` returns, with the arrays themselves; for as long as no step can begin."""
+        groups: list[dict[str, Any]] = []
+        start = 0
+        for group, values in zip(self._param_groups, self._hyper, strict=True):
+            stop = start + len(group["params"])
+            groups.append({"params": list(range(start, stop)), **values})
+            start = stop
+        counts, received = self._updater.counts, self._updater.received
+        return {
+            "optimizer": type(self).__name__,
+            "param_groups": groups,
+            "state": {
+                index: {
+                    "step": counts[index],
+                    **({"received": received[index]} if self._storage.accumulate > 1 else {}),
+                    **arrays,
+                }
+                for index, arrays in enumerate(self._state)
+            },
+            "seed": self._updater.seed,
+            "skipped": self._updater.skipped,
+            "accumulated": self._updater.accumulated,
+            "ema_swapped": self._updater.swapped,
+            "rounding": "stochastic" if self._storage.stochastic else "nearest",
+            "accumulate": self._storage.accumulate,
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore hyper-parameters, step counts and state arrays (in place) from a :meth:`state_dict`.
+
+        An interrupt finds all of it done or nothing.
 
         Raises
         ------
@@ -473,34 +483,70 @@ class Optimizer:
             then.
         """
         with self._updater:
-            groups = self._read_groups(entries(state_dict, "state_dict", _ENTRIES))
-            counts, received, copies = self._read_state(state_dict["state"])
-            seed = seed_number(scalar(state_dict["seed"]))
-            skipped = count(state_dict["skipped"], "skipped")
-            for name, own in (
-                ("rounding", "stochastic" if self._storage.stochastic else "nearest"),
-                ("accumulate", self._storage.accumulate),
-            ):
-                if scalar(state_dict[name]) != own:
+            carry_out(self._restoring(state_dict))
+
+    def _restoring(self, state_dict: Mapping[str, Any]) -> list[Call]:
+        """What has to be done to restore a snapshot, which has been checked; none of it can fail."""
+        groups = self._read_groups(entries(state_dict, "state_dict", _ENTRIES))
+        counts, received, copies = self._read_state(state_dict["state"])
+        seed = seed_number(scalar(state_dict["seed"]))
+        skipped = count(state_dict["skipped"], "skipped")
+        for name, own in (
+            ("rounding", "stochastic" if self._storage.stochastic else "nearest"),
+            ("accumulate", self._storage.accumulate),
+        ):
+            if scalar(state_dict[name]) != own:
+                raise ValueError(
+                    f"{name}: the state is of {scalar(state_dict[name])!r}, and this optimizer has {own!r}"
+                )
+        accumulated = integer(scalar(state_dict["accumulated"]), "accumulated", 0, self._storage.accumulate - 1)
+        for index, number in enumerate(received):
+            integer(number, f"state[{index}]['received']", 0, accumulated)
+        swapped = hp.flag(scalar(state_dict["ema_swapped"]), "ema_swapped")
+        if swapped and all("ema" not in state for state in self._state):
+            raise ValueError("ema_swapped: is True, and this optimizer keeps no averages")
+        calls: list[Call] = [assignment(array, value) for array, value in copies]
+        calls += [(values.update, (loaded,)) for values, loaded in zip(self._hyper, groups, strict=True)]
+        calls.append((self._updater.restore, (counts, received, accumulated, seed, skipped, swapped)))
+        return calls
+
+    # Checkpoints: see onepass.checkpoint
+
+    @property
+    def _turn(self) -> _cpu.Updater:
+        return self._updater
+
+    def _saved(self) -> dict[str, Any]:
+        return {"params": self._structure.rebuild(self._arrays()), **self._snapshot()}
+
+    def _arrays(self) -> list[npt.NDArray[Any]]:
+        names = self._structure.names("params", "['params']")
+        return [_cpu.as_ndarray(array, name) for array, name in zip(self._flat, names, strict=True)]
+
+    def _loading(self, saved: Mapping[str, Any]) -> list[Call]:
+        given = dict(entries(saved, "the checkpoint", ("params", *_ENTRIES)))
+        params = given.pop("params")
+        flat = self._structure.flatten(params, "params")
+        if not all(a is b for a, b in zip(flat, self._structure.leaves(params), strict=True)):
+            raise ValueError("params: their names are in another order than this optimizer's")
+        names = self._structure.names("params")
+        calls = [
+            assignment(array, matching_array(value, array, name))
+            for array, value, name in zip(self._arrays(), flat, names, strict=True)
+        ]
+        if self._storage.mirror is not None:
+            self._updater.show(tries=True)
+            calls.append((self._updater.show, (False,)))
+        groups = given["param_groups"]
+        for index, (group, values) in enumerate(zip(groups if isinstance(groups, list) else (), self._hyper)):  # noqa: B905
+            for name in [name for name, value in dict(group).items() if value is OWN_FUNCTION]:
+                if not callable(values.get(name)):
                     raise ValueError(
-                        f"{name}: the state is of {scalar(state_dict[name])!r}, and this optimizer has {own!r}"
+                        f"param_groups[{index}][{name!r}]: was a function of the step count, which is in no file; make "
+                        f"the optimizer with one"
                     )
-            accumulated = integer(scalar(state_dict["accumulated"]), "accumulated", 0, self._storage.accumulate - 1)
-            for index, number in enumerate(received):
-                integer(number, f"state[{index}]['received']", 0, accumulated)
-            swapped = hp.flag(scalar(state_dict["ema_swapped"]), "ema_swapped")
-            if swapped and all("ema" not in state for state in self._state):
-                raise ValueError("ema_swapped: is True, and this optimizer keeps no averages")
-            # From here on nothing can fail.
-            self._updater.counts = counts
-            self._updater.seed = seed
-            self._updater.skipped = skipped
-            self._updater.set_sums(accumulated, received)
-            self._updater.swapped = swapped
-            for array, value in copies:
-                np.copyto(array, value)
-            for values, loaded in zip(self._hyper, groups, strict=True):
-                values.update(loaded)
+                group[name] = values[name]
+        return self._restoring(given) + calls
 
     def _read_state(self, given: Any) -> tuple[list[int], list[int], list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]]:
         saved = entries(given, "state", range(len(self._flat)))

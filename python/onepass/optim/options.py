@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 import numpy as np
 
@@ -30,6 +30,8 @@ else:
 GROUP_OPTIONS = ("ema_decay", "max_unit_norm", "gradient_noise")
 """Options of a group, which live among its hyper-parameters; None for those that are not used."""
 
+StateAlloc: TypeAlias = "Callable[[str, tuple[int, ...], np.dtype[Any]], npt.NDArray[Any]]"
+
 _POLICIES = ("propagate", "skip", "raise")
 
 
@@ -45,6 +47,7 @@ class Options(TypedDict, total=False):
     state_dtype: npt.DTypeLike | None
     rounding: Literal["nearest", "stochastic"]
     master: Literal["split"] | None
+    state_alloc: StateAlloc | None
 
 
 class StepOptions(TypedDict, total=False):
@@ -68,6 +71,7 @@ class Storage:
     state_dtype: np.dtype[Any] | None = None
     stochastic: bool = False
     split: bool = False
+    state_alloc: StateAlloc | None = None
 
 
 def integer(value: Any, name: str, low: int, high: int) -> int:
@@ -143,12 +147,15 @@ def split_options(given: Mapping[str, Any], owner: str) -> tuple[dict[str, Any],
     """The options of groups, with their defaults, and those of the whole optimizer; names unknown to both raise."""
     values = dict(given)
     of_group = {name: values.pop(name, None) for name in GROUP_OPTIONS}
-    known = ("mirror", "accumulate", "seed", "state_dtype", "rounding", "master")
+    known = [name for name in Options.__annotations__ if name not in GROUP_OPTIONS]
     for name in values:
         if name not in known:
             raise TypeError(
                 f"{name}: is not an argument of {owner}; the options are {', '.join(Options.__annotations__)}"
             )
+    state_alloc = values.get("state_alloc")
+    if state_alloc is not None and not callable(state_alloc):
+        raise TypeError(f"state_alloc: expected a function (name, shape, dtype) -> array, got {state_alloc!r}")
     return of_group, Storage(
         mirror=values.get("mirror"),
         accumulate=integer(values.get("accumulate", 1), "accumulate", 1, 2**31 - 1),
@@ -156,6 +163,7 @@ def split_options(given: Mapping[str, Any], owner: str) -> tuple[dict[str, Any],
         state_dtype=_state_dtype(values.get("state_dtype")),
         stochastic=choice(values.get("rounding", "nearest"), "rounding", ("nearest", "stochastic")) == "stochastic",
         split=choice(values.get("master"), "master", ("split", None)) is not None,
+        state_alloc=state_alloc,
     )
 
 

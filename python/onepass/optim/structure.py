@@ -66,6 +66,20 @@ class Structure:
             start += child.size
         return parts
 
+    def leaves(self, given: Any) -> list[Any]:
+        """The arrays of `given`, which mirrors the parameters, in its own order."""
+        if self.kind == "array":
+            return [given]
+        if self.kind == "groups":
+            return [leaf for child, part in zip(self.children, given, strict=True) for leaf in child.leaves(part)]
+        return list(given.values() if self.kind == "dict" else given)
+
+    def paths(self) -> list[str]:
+        """For each array its key or index, after that of its group."""
+        if self.kind == "groups":
+            return [f"{index}.{path}" for index, child in enumerate(self.children) for path in child.paths()]
+        return [str(key) for key in (self.keys if self.kind == "dict" else range(self.size))]
+
     def names(self, prefix: str, member: str = "") -> list[str]:
         """What each array is called in messages: ``grads[3] ('fc1.weight')``.
 
