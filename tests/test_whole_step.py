@@ -1301,6 +1301,33 @@ def test_gradients_that_cannot_be_zeroed():
     opt.step(pair)
 
 
+def test_what_a_step_leaves_alone_is_not_zeroed_as_the_gradient_of_another_parameter():
+    opt, params, grads = world()
+    names = list(params)
+    frozen = {**grads, names[0]: None}
+    state = next(iter(opt.state[0].values()))
+    for victim in (params[names[0]], state):
+        for name in names[1:]:
+            if grads[name].size > victim.size:
+                continue
+            evil = {**frozen, name: victim.reshape(-1)[: grads[name].size].reshape(grads[name].shape)}
+            whole = Whole(opt, params, evil)
+            with pytest.raises(ValueError, match=re.escape(f"('{name}'): overlaps")):
+                opt.step(evil, zero_grads=True)
+            whole.assert_unchanged()
+            break
+        else:
+            raise AssertionError("no gradient is small enough")
+    opt.step(frozen, zero_grads=True)
+    p, q = numbers(4), numbers(4, seed=1)
+    before = bits(q)
+    with pytest.raises(ValueError, match=r"overlaps (params\[1\]|grads\[0\])"):
+        functional.sgd([p, q], [q, None], step=1, zero_grads=True)
+    assert bits(q) == before
+    functional.sgd([p, q], [p * 2, None], step=1, zero_grads=True)
+    assert bits(q) == before
+
+
 def test_functional_options_that_need_each_other():
     p, g, x = numbers(4), numbers(4, seed=1), np.zeros(4, np.float32)
     before = bits(p)

@@ -225,6 +225,7 @@ class Updater final : public Naming {
     }
     batch_.seed = seed_;
     batch_.zero_grads = options.zero_grads;
+    if (options.zero_grads && stepped_.size() < arrays_.size()) require_gradients_apart();
     std::size_t k = 0;
     for (const std::size_t i : stepped_) {
       batch_.add(*kernels_[group_of_[i]].kernel, arrays_of(i, !grads_[i].is_none()), settings_of_[k++], i);
@@ -340,6 +341,15 @@ class Updater final : public Naming {
     for (std::size_t stream = 0; stream < kStreams; ++stream) arrays.stream[stream] = arrays_[index].stream[stream];
     if (has_grad) arrays.stream[kGrad] = grads_[index];
     return arrays;
+  }
+
+  // That no gradient, which will be zeroed, lies in the arrays of a parameter that this call does not step.
+  void require_gradients_apart() {
+    for (std::size_t i = 0; i < arrays_.size(); ++i) {
+      batch_.add(kernel_named(rules_[group_of_[i]]), arrays_of(i, !grads_[i].is_none()), nullptr, i);
+    }
+    batch_.validate(*this);
+    batch_.clear();
   }
 
   // Of calls that update nothing.
@@ -471,18 +481,28 @@ py::tuple update_owned(const std::string& rule, const std::vector<py::object>& g
   batch.seed = seed;
   batch.stochastic = stochastic;
   batch.zero_grads = options.zero_grads;
+  const auto arrays_of = [&](std::size_t i) {
+    Arrays of_param;
+    for (std::size_t stream = 0; stream < kStreams; ++stream) {
+      const bool optional = stream == kGrad || stream == kMirror;
+      if (arrays[stream].empty() || (optional && arrays[stream][i].is_none())) continue;
+      of_param.stream[stream] = arrays[stream][i];
+    }
+    return of_param;
+  };
+  const bool all = std::ranges::none_of(grads, [](const py::object& grad) { return grad.is_none(); });
+  if (options.zero_grads && !all) {  // nor may what is zeroed lie in arrays that this call leaves alone
+    for (std::size_t i = 0; i < count; ++i) batch.add(kernel, arrays_of(i), nullptr, i);
+    batch.validate(naming);
+    batch.clear();
+  }
   for (std::size_t i = 0; i < count; ++i) {
-    if (grads[i].is_none()) {
-      if (sum.calls == 1) continue;
+    if (!grads[i].is_none()) {
+      batch.add(kernel, arrays_of(i), &setting, i);
+    } else if (sum.calls > 1) {
       throw py::type_error(naming.name(i, kGrad) + ": None, and gradients are summed over " +
                            std::to_string(sum.calls) + " calls; leave the parameter out of all of them, or pass zeros");
     }
-    Arrays of_param;
-    for (std::size_t stream = 0; stream < kStreams; ++stream) {
-      if (arrays[stream].empty() || (stream == kMirror && arrays[stream][i].is_none())) continue;
-      of_param.stream[stream] = arrays[stream][i];
-    }
-    batch.add(kernel, of_param, &setting, i);
   }
   batch.validate(naming);
   if (sum.calls > 1) {

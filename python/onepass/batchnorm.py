@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from numbers import Integral
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from onepass import _cpu
+from onepass.integers import is_integer
 from onepass.optim.hyper import flag, real
 from onepass.optim.optimizer import Array
 from onepass.state_dicts import Call, assignment, carry_out, count, entries, matching_array
@@ -641,7 +641,7 @@ def _named(**arrays: FloatArray | None) -> dict[str, FloatArray]:
 
 
 def _channel_count(value: Any) -> int:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Integral):
+    if not is_integer(value):
         raise TypeError(f"num_features: expected an integer >= 1, got {value!r}")
     channels = int(value)
     if not 1 <= channels <= 2**62:
@@ -650,7 +650,7 @@ def _channel_count(value: Any) -> int:
 
 
 def _axis(value: Any) -> int:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Integral):
+    if not is_integer(value):
         raise TypeError(f"channel_axis: expected an integer, got {value!r}")
     axis = int(value)
     if abs(axis) > 64:  # NumPy's arrays have no more dimensions
@@ -714,7 +714,7 @@ def set_cache_limit(count: int | None) -> None:
     count : int or None
         Bytes, >= 0; 0 keeps nothing. Arrays in use do not count. What is above the limit is freed at once.
     """
-    if count is not None and (isinstance(count, (bool, np.bool_)) or not isinstance(count, Integral)):
+    if count is not None and not is_integer(count):
         raise TypeError(f"count: expected an integer from 0 to 2**62 or None, got {count!r}")
     limit = 2**30 if count is None else int(count)
     if not 0 <= limit <= 2**62:

@@ -288,7 +288,7 @@ def _label(path: tuple[Any, ...]) -> str:
 @functools.cache
 def _name(dtype: np.dtype[Any]) -> str:
     """NumPy spells it anew each time, in 3 us."""
-    return dtype.name
+    return str(dtype.name)
 
 
 def _is_key(key: Any) -> bool:

@@ -19,9 +19,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from numbers import Integral
 from typing import Any, ClassVar
 
+from onepass.integers import is_integer
 from onepass.optim.hyper import LearningRate, checked, learning_rate, real
 
 __all__ = ["Schedule", "cosine", "exponential", "inverse_time", "linear_warmup", "step"]
@@ -36,7 +36,7 @@ class _Field:
     integer: bool = False
 
     def read(self, value: Any, name: str) -> float | int:
-        if self.integer and not isinstance(value, Integral):
+        if self.integer and not is_integer(value):
             raise TypeError(f"{name}: expected {self.need}, got {value!r}")
         number = real(value, name, self.need, self.inside)
         return int(value) if self.integer else number

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onepass import _cpu
+from onepass.integers import is_integer
 
 Call: TypeAlias = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -61,7 +62,7 @@ def scalar(value: Any) -> Any:
 def count(value: Any, label: str) -> int:
     """`value` as an int, if it can be a number of steps."""
     value = scalar(value)
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+    if not is_integer(value):
         raise TypeError(f"{label}: expected an integer from 0 to 2**62, got {value!r}")
     if not 0 <= value <= 2**62:
         raise ValueError(f"{label}: expected an integer from 0 to 2**62, got {value!r}")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from numbers import Integral
 
 from onepass import _cpu
+from onepass.integers import is_integer
 
 _default = 0  # for _cpu: as many as there are CPUs to use
 
@@ -40,7 +40,7 @@ def set_num_threads(count: int | None) -> None:
     1
     >>> onepass.set_num_threads(None)
     """
-    if count is not None and (isinstance(count, bool) or not isinstance(count, Integral)):
+    if count is not None and not is_integer(count):
         raise TypeError(f"count: expected an integer from 1 to 1024 or None, got {count!r}")
     if count is not None and not 1 <= count <= 1024:
         raise ValueError(f"count: expected an integer from 1 to 1024 or None, got {count!r}")

@@ -9,13 +9,15 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from onepass.integers import is_integer
+
 Hyper: TypeAlias = dict[str, Any]
 LearningRate: TypeAlias = float | Callable[[int], float]
 
 
 def real(value: Any, name: str, need: str, inside: Callable[[float], bool]) -> float:
     """`value` as a float, if it is a number `inside` its range; `need` says in words which one that is."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
+    if isinstance(value, (bool, np.bool_, np.timedelta64)) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected {need}, got {value!r}")
     try:
         number = float(value)
@@ -88,7 +90,7 @@ def _unit_norm(value: Any, name: str) -> tuple[float, tuple[int, ...]] | None:
         raise TypeError(f"{name}: expected a pair (limit, axis) or None, got {value!r}")
     limit = real(value[0], f"{name}[0]", "a finite number > 0", lambda x: 0.0 < x < math.inf)
     given = value[1] if isinstance(value[1], (tuple, list)) else (value[1],)
-    if not given or not all(isinstance(axis, (int, np.integer)) and not isinstance(axis, bool) for axis in given):
+    if not given or not all(map(is_integer, given)):
         raise TypeError(f"{name}[1]: expected an axis or a tuple of axes, got {value[1]!r}")
     axes = tuple(int(axis) for axis in given)
     if not all(-64 <= axis < 64 for axis in axes):

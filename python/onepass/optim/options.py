@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 import numpy as np
 
 from onepass import _cpu
+from onepass.integers import is_integer
 from onepass.optim import hyper as hp
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class Storage:
 def integer(value: Any, name: str, low: int, high: int) -> int:
     """`value` as an int, if it is one from `low` to `high`."""
     need = f"an integer from {low} to {_power(high)}"
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+    if not is_integer(value):
         raise TypeError(f"{name}: expected {need}, got {value!r}")
     if not low <= value <= high:
         raise ValueError(f"{name}: expected {need}, got {value!r}")
