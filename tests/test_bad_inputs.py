@@ -1269,3 +1269,22 @@ def test_a_state_dict_for_a_state_that_cannot_be_written():
 def test_the_base_is_no_optimizer():
     with pytest.raises(TypeError, match=r"^Optimizer is the base of the optimizers; use one of them$"):
         onepass.Optimizer(numbers(3), None, {}, {})
+
+
+SPAN = np.timedelta64(3)
+SPANS = {
+    "lr": lambda: onepass.SGD(numbers(3), lr=SPAN),
+    "accumulate": lambda: onepass.SGD(numbers(3), accumulate=SPAN),
+    "seed": lambda: onepass.SGD(numbers(3), seed=SPAN),
+    "max_unit_norm": lambda: onepass.SGD(numbers(3), max_unit_norm=(1.0, np.timedelta64(0))),
+    "num_features": lambda: onepass.BatchNorm(SPAN),
+    "channel_axis": lambda: onepass.BatchNorm(3, channel_axis=SPAN),
+    "every": lambda: onepass.schedules.step(0.5, every=SPAN),
+    "count": lambda: onepass.set_num_threads(SPAN),
+}
+
+
+@pytest.mark.parametrize("name", SPANS)
+def test_a_span_of_time_is_no_number_though_numpy_derives_it_from_its_integers(name):
+    with pytest.raises(TypeError, match=name):
+        SPANS[name]()

@@ -69,7 +69,8 @@ void accumulate(const std::byte* values, std::size_t count, double scale, const 
   using C = ComputeType<D>;
   using V = Wide<typename C::Storage>;
   const auto factor = static_cast<typename C::Storage>(scale);
-  const bool has_scale = !(factor == 1);
+  // The first gradient of a sum is multiplied by 1 too: a copy would keep its subnormals.
+  const bool has_scale = !(factor == 1) || from == nullptr;
   for_each_vector<V>(to, kItem<C>, count, [=](std::size_t i, auto lanes) __attribute__((always_inline)) {
     V g = lanes.template load<D, V>(values + i * kItem<D>);
     if (has_scale) g = V(factor) * g;
@@ -110,9 +111,12 @@ void show(const Part& part) {
   using V = Wide<typename ComputeType<D>::Storage>;
   const Streams streams = part.streams;
   const DType mirror = part.mirror;
+  // Arithmetic makes every NaN quiet and subnormals zero, if the compiler does not know that it is a 1.
+  const volatile typename ComputeType<D>::Storage unknown = 1;
+  const typename ComputeType<D>::Storage one = unknown;
   for_each_vector<V>(streams.data[kParam], kItem<D>, part.count,
                      [=](std::size_t i, auto lanes) __attribute__((always_inline)) {
-                       const V p = V(1) * load_param<D, V>(streams, i, lanes);  // arithmetic makes every NaN quiet
+                       const V p = V(one) * load_param<D, V>(streams, i, lanes);
                        store_mirror(p, streams.data[kMirror], mirror, i, lanes);
                      });
 }

@@ -143,6 +143,8 @@ def _apply(
         if name not in _OPTIONS:
             raise TypeError(f"{name}: is not an argument of this function; options are {', '.join(_OPTIONS)}")
     single = not is_sequence(params)
+    if params is None or isinstance(params, (Mapping, str)) or hasattr(params, "__next__"):
+        raise TypeError(f"params: expected an array or a list or tuple of arrays, got {type(params).__name__}")
 
     def as_list(name: str, value: Any) -> Sequence[Any] | None:
         if value is None and name in _STREAMS:

@@ -59,6 +59,11 @@ def scalar(value: Any) -> Any:
     return value[()] if isinstance(value, np.ndarray) and value.ndim == 0 else value
 
 
+def same_scalar(value: Any, own: str | int) -> bool:
+    """Whether `value` is this word or number. (Of an array ``==`` is not a truth value.)"""
+    return (isinstance(value, str) if isinstance(own, str) else is_integer(value)) and bool(value == own)
+
+
 def count(value: Any, label: str) -> int:
     """`value` as an int, if it can be a number of steps."""
     value = scalar(value)

@@ -27,7 +27,17 @@ from onepass.optim.options import (
 )
 from onepass.optim.states import NewStates, fill
 from onepass.optim.structure import parse_groups
-from onepass.state_dicts import OWN_FUNCTION, Call, assignment, carry_out, count, entries, matching_array, scalar
+from onepass.state_dicts import (
+    OWN_FUNCTION,
+    Call,
+    assignment,
+    carry_out,
+    count,
+    entries,
+    matching_array,
+    same_scalar,
+    scalar,
+)
 
 
 class SupportsDLPack(Protocol):
@@ -153,6 +163,7 @@ class Optimizer:
         keys = structure.paths()
         self._hyper: list[Hyper] = []
         self._dtypes: list[set[np.dtype[Any]]] = []
+        self._ndims: list[set[int]] = []
         self._rules: list[str] = []
         for index, (group, own) in enumerate(zip(arrays, overrides, strict=True)):
             prefix = f"params[{index}]['{{}}']" if several else "{}"
@@ -171,7 +182,7 @@ class Optimizer:
             hp.require_representable(values, dtypes, prefix)
             start = self._initial_state(values)
             for array in like:
-                self._check_axes(values["max_unit_norm"], array, names[len(flat)])
+                _require_axes(values["max_unit_norm"], {array.ndim}, f"max_unit_norm of {names[len(flat)]}")
                 new = NewStates(array, names[len(flat)], keys[len(flat)], storage)
                 new.add(RULES[rule]["slots"], start, ema=values["ema_decay"] is not None)
                 states.append(new.arrays)
@@ -180,6 +191,7 @@ class Optimizer:
             group_of.extend([index] * len(group))
             self._hyper.append(values)
             self._dtypes.append(dtypes)
+            self._ndims.append({array.ndim for array in like})
             self._rules.append(rule)
 
         self._structure = structure
@@ -213,19 +225,11 @@ class Optimizer:
         self._state = tuple(MappingProxyType(state) for state in states)
         self._param_groups = tuple(
             # The check holds the class and not this optimizer, which is freed when its last user lets go of it.
-            ParamGroup(tuple(group), values, functools.partial(self._check_changes, rule, dtypes))
-            for group, values, rule, dtypes in zip(arrays, self._hyper, self._rules, self._dtypes, strict=True)
+            ParamGroup(tuple(group), values, functools.partial(self._check_changes, rule, dtypes, ndims))
+            for group, values, rule, dtypes, ndims in zip(
+                arrays, self._hyper, self._rules, self._dtypes, self._ndims, strict=True
+            )
         )
-
-    @staticmethod
-    def _check_axes(unit_norm: UnitNorm, array: npt.NDArray[Any], name: str) -> None:
-        for axis in () if unit_norm is None else unit_norm[1]:
-            if not -array.ndim <= axis < array.ndim:
-                raise ValueError(f"{name}: max_unit_norm needs axis {axis}, and its shape is {array.shape}")
-        if unit_norm is not None:
-            axes = [axis % array.ndim for axis in unit_norm[1]]
-            if len(set(axes)) < len(axes):
-                raise ValueError(f"{name}: max_unit_norm names an axis twice, for its shape {array.shape}")
 
     # What a subclass says of itself
 
@@ -401,7 +405,9 @@ class Optimizer:
             values["lr"] = rate
 
     @classmethod
-    def _check_changes(cls, rule: str, dtypes: set[np.dtype[Any]], current: Hyper, changes: Hyper) -> Hyper:
+    def _check_changes(
+        cls, rule: str, dtypes: set[np.dtype[Any]], ndims: set[int], current: Hyper, changes: Hyper
+    ) -> Hyper:
         for name in changes:
             if name in cls._construction_only:
                 raise ValueError(f"{name}: is only read when the optimizer is made, and cannot be changed later")
@@ -409,6 +415,7 @@ class Optimizer:
         if cls.rule(values) != rule or (values["ema_decay"] is None) != (current["ema_decay"] is None):
             raise ValueError(f"{', '.join(changes)}: decides which states exist, and cannot be changed later")
         hp.require_representable(values, dtypes)
+        _require_axes(values["max_unit_norm"], ndims, "max_unit_norm")
         return values
 
     # State
@@ -495,10 +502,9 @@ class Optimizer:
             ("rounding", "stochastic" if self._storage.stochastic else "nearest"),
             ("accumulate", self._storage.accumulate),
         ):
-            if scalar(state_dict[name]) != own:
-                raise ValueError(
-                    f"{name}: the state is of {scalar(state_dict[name])!r}, and this optimizer has {own!r}"
-                )
+            saved = scalar(state_dict[name])
+            if not same_scalar(saved, own):
+                raise ValueError(f"{name}: the state is of {saved!r}, and this optimizer has {own!r}")
         accumulated = integer(scalar(state_dict["accumulated"]), "accumulated", 0, self._storage.accumulate - 1)
         for index, number in enumerate(received):
             integer(number, f"state[{index}]['received']", 0, accumulated)
@@ -567,7 +573,7 @@ class Optimizer:
 
     def _read_groups(self, state_dict: Mapping[str, Any]) -> list[Hyper]:
         name = type(self).__name__
-        if state_dict["optimizer"] != name:
+        if not same_scalar(scalar(state_dict["optimizer"]), name):
             raise ValueError(f"optimizer: the state is of {state_dict['optimizer']!r}, not of {name!r}")
         saved = state_dict["param_groups"]
         if not isinstance(saved, (list, tuple)) or len(saved) != len(self._hyper):
@@ -580,7 +586,11 @@ class Optimizer:
             members = list(range(start, start + len(group["params"])))
             start += len(members)
             given = entry.pop("params")
-            if not isinstance(given, (list, tuple)) or list(given) != members:
+            if (
+                not isinstance(given, (list, tuple))
+                or len(given) != len(members)
+                or not all(map(same_scalar, given, members))
+            ):
                 raise ValueError(f"{label}['params']: expected {members}")
             loaded = hp.checked(entry, label + "['{}']")
             if (loaded["ema_decay"] is None) != (values["ema_decay"] is None):
@@ -588,6 +598,7 @@ class Optimizer:
             if self.rule(loaded) != self._rules[index]:
                 raise ValueError(f"{label}: needs the states of {self.rule(loaded)}, not of {self._rules[index]}")
             hp.require_representable(loaded, self._dtypes[index], label + "['{}']")
+            _require_axes(loaded["max_unit_norm"], self._ndims[index], f"{label}['max_unit_norm']")
             groups.append(loaded)
         return groups
 
@@ -602,6 +613,16 @@ class Optimizer:
             "{" + ", ".join(f"{name}={value!r}" for name, value in hp.shown(values)) + "}" for values in self._hyper
         )
         return f"{type(self).__name__}({len(self._flat)} parameters, {groups})"
+
+
+def _require_axes(unit_norm: UnitNorm, ndims: set[int], label: str) -> None:
+    axes = () if unit_norm is None else unit_norm[1]
+    for ndim in ndims:
+        for axis in axes:
+            if not -ndim <= axis < ndim:
+                raise ValueError(f"{label}: needs axis {axis} of a parameter of {ndim} dimensions")
+        if len({axis % ndim for axis in axes}) < len(axes):
+            raise ValueError(f"{label}: names an axis of a parameter of {ndim} dimensions twice")
 
 
 def _noise_deviation(eta: float, gamma: float, t: int) -> float:

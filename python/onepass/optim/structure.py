@@ -40,7 +40,8 @@ class Structure:
                 if key not in given:
                     raise ValueError(f"{name}: {key!r} is missing; pass None for a parameter without a gradient")
             if len(given) != self.size:
-                unknown = next(key for key in given if key not in self.keys)
+                known = set(self.keys)
+                unknown = next(key for key in given if key not in known)
                 raise ValueError(f"{name}: {unknown!r} is not the name of a parameter")
             return [given[key] for key in self.keys]
         if not is_sequence(given):
