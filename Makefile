@@ -1,28 +1,43 @@
 # Two commands do everything: `make demo` and `make test`. Both set up what they need in .venv.
-PYTHON ?= python3
-VENV   ?= .venv
-EXTRAS ?= test
-JOBS   ?= 2
+PYTHON   ?= python3
+PYTHON_T ?= python3.13t
+VENV     ?= .venv
+EXTRAS   ?= test
+JOBS     ?= 2
+CPUS     ?= Nehalem Haswell
 
 BIN     := $(VENV)/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python -type f ! -name '*.pyc' ! -path '*__pycache__*')
-PYTEST  := -m pytest
+# As many processes as jobs; PROCESSES=0 runs the tests in pytest's own, for a debugger.
+PROCESSES ?= $(JOBS)
+PYTEST    := -m pytest --numprocesses $(PROCESSES) --dist worksteal
+PIP       := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint format sanitize bench clean
+.PHONY: help venv demo test large lint format sanitize sanitize-memory sanitize-threads valgrind emulate fuzz \
+  free-threaded free-threaded-tests bench clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "%-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "%-16s %s\n", $$1, $$2}'
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "onepass needs Python 3.10 or newer")'
 	$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 
+# Built once, whatever it is installed for.
+WHEEL := $(VENV)/wheel
+$(WHEEL)/.built: $(SOURCES) | $(BIN)/python
+	rm -rf $(WHEEL)
+	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(BIN)/python -m pip wheel --disable-pip-version-check --quiet --no-deps \
+	  --wheel-dir $(WHEEL) .
+	$(PIP) --force-reinstall --no-deps $(WHEEL)/onepass-*.whl
+	@touch $@
+
 # One stamp for each set of extras, so that `make demo` does not install the test tools.
-$(VENV)/.installed-%: $(SOURCES) | $(BIN)/python
-	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(BIN)/python -m pip install --disable-pip-version-check --quiet ".[$*]"
+$(VENV)/.installed-%: $(WHEEL)/.built pyproject.toml
+	$(PIP) "$$(ls $(WHEEL)/onepass-*.whl)[$*]"
 	@touch $@
 
 venv: $(VENV)/.installed-$(EXTRAS) ## build and install into .venv, with what the tests need
@@ -30,8 +45,11 @@ venv: $(VENV)/.installed-$(EXTRAS) ## build and install into .venv, with what th
 demo: $(VENV)/.installed-demo ## train on the handwritten digits with every optimizer; pictures in demo/
 	$(BIN)/python examples/digits.py $(DEMO)
 
-test: venv ## build and run all tests; ARGS goes to pytest
-	$(BIN)/python $(PYTEST) $(ARGS)
+test: venv ## build and run the tests; ARGS goes to pytest
+	$(BIN)/python $(PYTEST) -m "not large" $(ARGS)
+
+large: venv ## the tests that need up to 10 GB of memory, one after the other
+	$(BIN)/python -m pytest -m large $(ARGS)
 
 lint: $(VENV)/.installed-lint ## formatters and static analysis, of Python and C++
 	$(BIN)/ruff check .
@@ -48,28 +66,112 @@ format: $(VENV)/.installed-lint ## rewrite the sources as the formatters want th
 	$(BIN)/ruff format .
 	git ls-files '*.cpp' '*.h' | xargs $(BIN)/clang-format -i
 
-# The sanitized package lies beside the ordinary one and is put in front of it. LeakSanitizer is off: CPython keeps
-# memory until the process ends. What is left out runs the same code as the rest (the demo, the documents, the
-# benchmarks, comparisons with formulas and with other libraries) or none of it.
+sanitize: sanitize-memory sanitize-threads ## the tests under AddressSanitizer, UBSan and ThreadSanitizer
+
+# A sanitized package lies beside the ordinary one and is put in front of it. LeakSanitizer is off: CPython keeps memory
+# until the process ends. What is left out runs the same code as the rest (the demo, the documents, the benchmarks,
+# comparisons with formulas and with other libraries) or none of it.
 UNSANITIZED := demo docs bench isa textbook presets worked_examples schedules reference batchnorm_numerics
-SANITIZED := build/sanitized
-SANITIZE_ENV = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-  ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$(CURDIR)/$(SANITIZED)"
-sanitize: venv ## the suite under AddressSanitizer and UBSan, the thread pool under ThreadSanitizer
-	rm -rf $(SANITIZED)
-	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps \
-	  --target $(SANITIZED) -Cbuild-dir=build/sanitize -Ccmake.define.ONEPASS_SANITIZE=address,undefined .
-	$(SANITIZE_ENV) $(BIN)/python -c 'import onepass; print("sanitized:", onepass.__file__)' | grep $(SANITIZED)
-	$(SANITIZE_ENV) $(BIN)/python $(PYTEST) $(UNSANITIZED:%=--ignore tests/test_%.py) $(ARGS)
+preloaded = LD_PRELOAD="$$($(CXX) -print-file-name=$(1)) $$($(CXX) -print-file-name=libstdc++.so)" \
+  PYTHONPATH="$(CURDIR)/build/$(2)"
+MEMORY_ENV = $(call preloaded,libasan.so,sanitized) ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 \
+  UBSAN_OPTIONS=print_stacktrace=1
+sanitize-memory: venv
+	rm -rf build/sanitized
+	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(PIP) --no-deps --target build/sanitized -Cbuild-dir=build/sanitize \
+	  -Cinstall.strip=false -Ccmake.define.ONEPASS_SANITIZE=address,undefined .
+	$(MEMORY_ENV) $(BIN)/python -c 'import onepass; print("sanitized:", onepass.__file__)' | grep build/sanitized
+	$(MEMORY_ENV) $(BIN)/python $(PYTEST) -m "not large" $(UNSANITIZED:%=--ignore tests/test_%.py) $(ARGS)
+
+# The interpreter is not instrumented, but its locks are seen, and so are allocations and copies of memory. Findings go
+# to files, because a test that passes shows none. Kernels are the scalar ones: ThreadSanitizer knows no masked vector
+# instruction, and sees each element this way. It wants addresses that are not random, where the system grants that.
+THREADED_TESTS := $(wildcard tests/test_threads.py tests/test_processes.py tests/test_lifetime.py \
+  tests/test_batchnorm.py tests/test_buffer_pool.py tests/test_whole_step.py) \
+  -m "not large" -k "thread or fork or process or at_once or snapshot_is_of_one_step"
+FIXED := $$(setarch -R true 2> /dev/null && echo setarch -R)
+THREADS_ENV = $(FIXED) env $(call preloaded,libtsan.so,threads) \
+  TSAN_OPTIONS=die_after_fork=0:history_size=4:log_path=$(CURDIR)/build/races/of
+sanitize-threads: venv
+	rm -rf build/threads build/races && mkdir -p build/races
 	$(CXX) -std=c++20 -O1 -g -fsanitize=thread -Icsrc -pthread tests/cpp/stress_parallel.cpp csrc/cpu/parallel.cpp \
 	  -o build/stress_parallel
-	build/stress_parallel
+	$(FIXED) build/stress_parallel
+	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(PIP) --no-deps --target build/threads -Cbuild-dir=build/sanitize-threads \
+	  -Cinstall.strip=false -Ccmake.define.ONEPASS_SANITIZE=thread -Ccmake.define.ONEPASS_ONLY_SCALAR=ON .
+	$(THREADS_ENV) $(BIN)/python -c 'import onepass; print("sanitized:", onepass.__file__)' | grep build/threads
+	$(THREADS_ENV) $(BIN)/python $(PYTEST) $(THREADED_TESTS) $(ARGS) || \
+	  { cat build/races/* 2> /dev/null; exit 1; }
+	@if [ -n "$$(ls build/races)" ]; then cat build/races/*; exit 1; fi
+
+# Valgrind knows no AVX-512 and hides it from the program, so this is a machine that has AVX2 alone, too. Vectors that
+# are half within an array are errors as well. The kernels are those of the package.
+MEMCHECKED ?= scalar avx2
+MEMCHECK   := valgrind --quiet --error-exitcode=1 --track-origins=yes --partial-loads-ok=no
+valgrind: venv ## one pass of every kernel, scalar and AVX2, under Valgrind's memcheck
+	$(CXX) -std=c++20 -O1 -g -Icsrc tests/cpp/every_kernel.cpp "$$(ls -t build/cp*/libonepass_cpu.a | head -n 1)" \
+	  -pthread -o build/every_kernel
+	printf '%s\n' $(MEMCHECKED) | xargs -I{} -P $(JOBS) $(MEMCHECK) build/every_kernel {} $(MEMCHECKED)
+
+# Processors of other years, by qemu-user: an interpreter of another name in .venv/bin, so that the processes which a
+# test starts by sys.executable are emulated too. What the environment says of the real processor does not hold there.
+# What QEMU has not of a model it prints at each start, unless told to leave it out.
+QEMU_Nehalem := Nehalem
+ISAS_Nehalem := scalar
+QEMU_Haswell := Haswell-noTSX,-pcid,-x2apic,-tsc-deadline,-invpcid
+ISAS_Haswell := scalar avx2
+# What is bound to an instruction set: whole steps, batch normalization, threads, and without AVX every rule in every
+# storage; with AVX2 Valgrind has seen those on such a machine. Emulated, a test takes ten times as long. Objects are
+# built and read by the real processor: no need to do it here.
+EMULATED_Nehalem := tests/test_storage.py::test_every_rule_in_every_storage
+EMULATED_TESTS := tests/test_isa.py tests/test_worked_examples.py tests/test_threads.py \
+  tests/test_storage.py::test_every_storage_with_all_that_rides_along \
+  tests/test_batchnorm_bits.py::test_layer_equals_expression_over_batches \
+  -k "not consumer and not kernel_units and not other_processors and not baseline_units \
+  and not (every_rule and stochastic) and not (rides_along and not SGD) \
+  and (not threads.py or any_number_of_threads or cut_a_tensor or exits or mode)"
+# In a child of a process with threads, QEMU 7.2 fails an assertion of its own as soon as another thread starts
+# (qemu_plugin_vcpu_init_hook), whatever the program is.
+UNEMULATED := --deselect tests/test_threads.py::test_a_forked_child_steps_with_threads \
+  --deselect tests/test_threads.py::test_a_child_forked_while_another_thread_steps \
+  --deselect "tests/test_threads.py::test_multiprocessing[fork]" \
+  --deselect tests/test_batchnorm.py::test_a_forked_child_goes_on \
+  --deselect tests/test_batchnorm.py::test_a_child_forked_while_another_thread_is_in_another_layer \
+  --deselect tests/test_buffer_pool.py::test_fork_while_other_threads_take_and_give
+emulate: $(CPUS:%=emulate-%) ## tests on emulated processors without AVX-512 and without AVX; CPUS, ARGS
+
+emulate-%: venv
+	printf '#!/bin/sh\nunset OPENBLAS_CORETYPE\nexec qemu-x86_64 -cpu %s -0 "$$0" %s "$$@"\n' \
+	  '$(or $(QEMU_$*),$*)' '"$(CURDIR)/$(BIN)/python"' > $(BIN)/python-$*
+	chmod +x $(BIN)/python-$*
+	$(BIN)/python-$* -m onepass
+	test "$$($(BIN)/python-$* -c 'import onepass; print(*onepass.available_isas(), onepass.isa())')" = \
+	  "$(ISAS_$*) $(lastword $(ISAS_$*))"
+	$(BIN)/python-$* $(PYTEST) $(UNEMULATED) $(or $(ARGS),$(EMULATED_$*) $(EMULATED_TESTS))
 
 bench: venv ## compare with the peers that are installed; results in bench/results
 	$(BIN)/python bench/peers/optimizers.py
 	$(BIN)/python bench/peers/batchnorm.py
 	$(BIN)/python bench/peers/whole_step.py
 	$(BIN)/python bench/summary.py
+
+fuzz: SECONDS = 60
+fuzz: venv ## random programs, layouts and files against the promises, for SECONDS; SEED
+	$(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
+
+free-threaded: ## the threading tests on a Python without interpreter lock, PYTHON_T, if there is one
+	@if $(PYTHON_T) -c 'import sys; sys.exit(sys._is_gil_enabled())' 2> /dev/null; \
+	then $(MAKE) --no-print-directory free-threaded-tests; \
+	else echo "$(PYTHON_T) is no free-threaded Python: its tests are skipped"; fi
+
+# Not all that the package depends on has free-threaded wheels; what these tests import has.
+UNLOCKED := build/free-threaded/bin/python
+free-threaded-tests:
+	$(PYTHON_T) -m venv --clear build/free-threaded
+	$(UNLOCKED) -m pip install --disable-pip-version-check --quiet hypothesis ml_dtypes numpy pytest
+	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(UNLOCKED) -m pip install --disable-pip-version-check --quiet --no-deps .
+	PYTHON_GIL=0 $(UNLOCKED) -c 'import sys, onepass; sys.exit(sys._is_gil_enabled())'
+	PYTHON_GIL=0 $(UNLOCKED) -m pytest $(THREADED_TESTS) $(ARGS)
 
 clean: ## remove everything that the targets made
 	rm -rf build demo $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -624,7 +624,7 @@ OF_LAYER = {
 
 
 def short(value):
-    return repr(value)[:40]
+    return getattr(value, "__name__", repr(value))[:40]  # no addresses: workers must agree on the names of tests
 
 
 @pytest.mark.parametrize(

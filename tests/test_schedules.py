@@ -69,7 +69,9 @@ VALUES = [
 ]
 
 
-@pytest.mark.parametrize(("schedule", "expected"), VALUES, ids=lambda value: repr(value) if callable(value) else "")
+@pytest.mark.parametrize(
+    ("schedule", "expected"), VALUES, ids=lambda value: repr(value).split(" at 0x")[0] if callable(value) else ""
+)
 def test_values(schedule, expected):
     for t, lr in expected.items():
         value = schedule(t)
