@@ -4,14 +4,14 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <initializer_list>
 #include <limits>
+#include <memory>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -20,6 +20,7 @@
 #include "bindings/array_view.h"
 #include "bindings/buffer_pool.h"
 #include "bindings/gil.h"
+#include "bindings/turn.h"
 #include "cpu/batchnorm.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
@@ -205,22 +206,48 @@ void take_shape(batchnorm::Batch& batch, const Arguments& arguments, py::ssize_t
   for (std::size_t a = axis + 1; a < x.shape.size(); ++a) batch.inner *= static_cast<std::size_t>(x.shape[a]);
 }
 
-// What a layer tells of itself: the channels and the dtype that x must have, and a list that is written at once with
-// the running statistics, because between two lines of Python an interrupt may come: [what the backward pass needs, or
-// why there is nothing; batches that the running statistics have seen].
+// What belongs to a layer beside arrays: a list that is written at once with them, because between two lines of Python
+// an interrupt may come. [What the backward pass needs, or why there is nothing; batches that the running statistics
+// have seen; gradient of the residual].
+class Record {
+ public:
+  enum Entry : std::uint8_t { saved, batches, residual_grad, size };
+
+  explicit Record(py::list list) : list_(std::move(list)) {
+    if (list_.size() != size) throw py::value_error("record: wrong number of entries");
+  }
+  py::object operator[](Entry entry) const { return list_[entry]; }
+
+  // Writes entries, then lets go of what they were: that may run code of others, which finds the record whole.
+  void set(std::initializer_list<std::pair<Entry, py::object>> values) {
+    py::object before[size];
+    std::size_t k = 0;
+    for (const auto& [entry, value] : values) {
+      before[k++] = list_[entry];
+      PyList_SetItem(list_.ptr(), entry, py::object(value).release().ptr());
+    }
+  }
+
+ private:
+  py::list list_;
+};
+
+// What a layer tells of itself to a forward pass: the channels and the dtype that x must have, and where it keeps what.
 struct Layer {
   std::size_t channels;
   std::string dtype;
-  py::list record;
+  Record record;
   py::object kept;         // of the layer's own, for its backward pass
   py::object overwritten;  // what the record holds after a forward pass in place
+  Turnstile& turn;
 
   explicit Layer(const py::tuple& given)
       : channels(given[0].cast<std::size_t>()),
         dtype(given[1].cast<std::string>()),
         record(given[2]),
         kept(given[3]),
-        overwritten(given[4]) {}
+        overwritten(given[4]),
+        turn(given[5].cast<Turnstile&>()) {}
 };
 
 void require_layer(const batchnorm::Batch& batch, const Arguments& arguments, const Layer& layer) {
@@ -301,7 +328,7 @@ py::tuple forward(const py::object& x, const py::object& weight, const py::objec
 
   batchnorm::ForwardCall call;
   take_shape(call, arguments, channel_axis);
-  const std::optional<Layer> layer = given_layer ? std::optional<Layer>(*given_layer) : std::nullopt;
+  std::optional<Layer> layer = given_layer ? std::optional<Layer>(*given_layer) : std::nullopt;
   if (layer) require_layer(call, arguments, *layer);
   for (const char* name : {"weight", "bias", "running_mean", "running_var"}) {
     arguments.require_per_channel(name, call.channels, call.dtype, "x");
@@ -345,22 +372,21 @@ py::tuple forward(const py::object& x, const py::object& weight, const py::objec
     const py::object own_bias = copy_of_parameter(arguments.find("bias"), call.bias);
     saved =
         in_place ? layer->overwritten : py::make_tuple(x, y_or_none, mean, invstd, own_weight, own_bias, layer->kept);
-    const auto count = layer->record[1].cast<std::int64_t>();
+    const auto count = layer->record[Record::batches].cast<std::int64_t>();
     batches = py::int_(training && !empty ? std::min(count + 1, kMostBatches) : count);
   }
+  if (layer && training) layer->turn.writes();
   const Isa isa = run(&batchnorm::forward, call, residual.is_none() ? 2 : 3);
-  if (layer) {
-    PyList_SetItem(layer->record.ptr(), 1, batches.release().ptr());
-    PyList_SetItem(layer->record.ptr(), 0, saved.release().ptr());
-  }
+  if (layer) layer->record.set({{Record::batches, batches}, {Record::saved, saved}});
   return py::make_tuple(y, mean, invstd, isa_name(isa));
 }
 
-// (dx, dweight, dbias, dresidual or None, name of the instruction set that ran)
+// (dx, dweight, dbias, dresidual or None, name of the instruction set that ran). `given_layer`: None, or (record, what
+// it holds after this pass, whether the forward pass had a residual, turn).
 py::tuple backward(const py::object& dy, const py::object& x, const py::object& mean, const py::object& invstd,
                    const py::object& weight, const py::object& bias, const py::object& y, const py::object& out,
                    const py::object& weight_grad, const py::object& bias_grad, bool training, py::ssize_t channel_axis,
-                   bool relu) {
+                   bool relu, const std::optional<py::tuple>& given_layer) {
   Arguments arguments;
   arguments.need("dy", dy, Use::read);
   arguments.need("x", x, Use::read);
@@ -414,38 +440,37 @@ py::tuple backward(const py::object& dy, const py::object& x, const py::object& 
   };
   const py::object dweight = gradient("weight_grad", weight_grad, call.dweight);
   const py::object dbias = gradient("bias_grad", bias_grad, call.dbias);
+  std::optional<Record> record;
+  if (given_layer) {
+    record.emplace((*given_layer)[0]);
+    (*given_layer)[3].cast<Turnstile&>().writes();
+  }
   const Isa isa = run(&batchnorm::backward, call, 3);
+  if (record) {
+    const bool had_residual = (*given_layer)[2].cast<bool>();
+    const py::object residual_grad = !had_residual ? py::none() : relu ? dresidual : dy;
+    record->set({{Record::saved, (*given_layer)[1]}, {Record::residual_grad, residual_grad}});
+  }
   return py::make_tuple(dx, dweight, dbias, dresidual, isa_name(isa));
 }
 
-// Whose turn it is in a layer. Entered and left by functions of C++, between which no interrupt is looked for.
-class Turn {
- public:
-  void enter() {
-    if (taken_.exchange(true, std::memory_order_acquire)) {
-      throw std::runtime_error("this layer is in the middle of a pass; nothing was done");
-    }
-  }
-  void leave() { taken_.store(false, std::memory_order_release); }
-
- private:
-  std::atomic<bool> taken_{false};
-};
+constexpr const char* kBusy = "this layer is in the middle of a pass; nothing was done";
 
 }  // namespace
 
 void bind_batchnorm(py::module_& m) {
   create_pool();
-  py::class_<Turn>(m, "Turn")
-      .def(py::init<>())
-      .def("__enter__", &Turn::enter)
-      .def("__exit__", [](Turn& turn, const py::args& /*exception*/) { turn.leave(); });
+  py::class_<Turnstile>(m, "Turn")
+      .def(py::init([] { return std::make_unique<Turnstile>("layer", kBusy); }))
+      .def("__enter__", &Turnstile::take)
+      .def("writes", &Turnstile::writes)
+      .def("__exit__", [](Turnstile& turn, const py::args& /*exception*/) { turn.leave(); });
   m.def("batch_norm_forward", &forward, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("running_mean"),
         py::arg("running_var"), py::arg("residual"), py::arg("out"), py::arg("training"), py::arg("momentum"),
         py::arg("unbiased"), py::arg("eps"), py::arg("channel_axis"), py::arg("relu"), py::arg("layer"));
   m.def("batch_norm_backward", &backward, py::arg("dy"), py::arg("x"), py::arg("mean"), py::arg("invstd"),
         py::arg("weight"), py::arg("bias"), py::arg("y"), py::arg("out"), py::arg("weight_grad"), py::arg("bias_grad"),
-        py::arg("training"), py::arg("channel_axis"), py::arg("relu"));
+        py::arg("training"), py::arg("channel_axis"), py::arg("relu"), py::arg("layer") = py::none());
   m.def("empty_cache", &empty_cache);
   m.def("cache_limit", &cache_limit);
   m.def("set_cache_limit", &set_cache_limit, py::arg("count"));

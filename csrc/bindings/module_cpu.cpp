@@ -8,6 +8,7 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -17,6 +18,7 @@
 #include "bindings/batch.h"
 #include "bindings/batchnorm.h"
 #include "bindings/step.h"
+#include "bindings/turn.h"
 #include "core/partition.h"
 #include "cpu/cache.h"
 #include "cpu/dispatch.h"
@@ -121,20 +123,6 @@ Setting read_setting(const BoundKernel& bound, py::handle recipe, std::int64_t t
 constexpr const char* kBusy =
     "this optimizer is in the middle of a step, of another thread or of a schedule's caller; nothing was done";
 
-// One step of an optimizer has an owner: a second thread, or a schedule that steps its own optimizer, is turned away.
-class Turn {
- public:
-  explicit Turn(std::atomic<bool>& taken) : taken_(taken) {
-    if (taken_.exchange(true, std::memory_order_acquire)) throw std::runtime_error(kBusy);
-  }
-  ~Turn() { taken_.store(false, std::memory_order_release); }
-  Turn(const Turn&) = delete;
-  Turn& operator=(const Turn&) = delete;
-
- private:
-  std::atomic<bool>& taken_;
-};
-
 // What an optimizer steps: its parameters, their states and step counts. Pointers are not kept, array objects are.
 class Updater final : public Naming {
  public:
@@ -234,9 +222,11 @@ class Updater final : public Naming {
     if (accumulate_ > 1) {
       for (k = 0; k < stepped_.size(); ++k) batch_.tensors()[k].sum_starts = received_[stepped_[k]] == 0;
     }
+    turn.writes();
     Isa isa = isa_.load(std::memory_order_relaxed);
     const Outcome outcome = run_step(batch_, options, summation, *this, isa);
     isa_.store(isa, std::memory_order_relaxed);
+    const std::scoped_lock lock(numbers_);
     grad_norm_ = outcome.grad_norm;
     if (outcome.skipped) {
       ++skipped_;
@@ -261,6 +251,7 @@ class Updater final : public Naming {
       batch_.add(*kernels_[group_of_[i]].kernel, arrays_of(i, false), neutral_setting(), i);
     }
     batch_.validate(*this);
+    turn.writes();
     batch_.exchange();
     swapped_ = !swapped_;
   }
@@ -284,6 +275,7 @@ class Updater final : public Naming {
     if (counts.size() != arrays_.size() || received.size() != arrays_.size()) {
       throw py::value_error("counts, received: one for each parameter is needed");
     }
+    const std::scoped_lock lock(numbers_);
     std::ranges::copy(counts, counts_.begin());
     received_ = std::move(received);
     accumulated_ = accumulated;
@@ -292,20 +284,26 @@ class Updater final : public Naming {
     swapped_ = swapped;
   }
 
-  std::vector<std::int64_t> counts() const { return {counts_.begin(), counts_.end()}; }
+  std::vector<std::int64_t> counts() const {
+    const std::scoped_lock lock(numbers_);
+    return {counts_.begin(), counts_.end()};
+  }
 
-  std::optional<double> grad_norm() const { return grad_norm_; }
+  std::optional<double> grad_norm() const {
+    const std::scoped_lock lock(numbers_);
+    return grad_norm_;
+  }
   std::uint64_t seed() const { return seed_; }
   std::int64_t skipped() const { return skipped_; }
   bool swapped() const { return swapped_; }
   std::int64_t accumulated() const { return accumulated_; }
   std::vector<std::int64_t> received() const { return received_; }
 
-  // Between the two no step begins: for Python code that reads or writes counts and states as a whole.
-  void enter() {
-    if (stepping_.exchange(true, std::memory_order_acquire)) throw std::runtime_error(kBusy);
-  }
-  void leave() { stepping_.store(false, std::memory_order_release); }
+  // Between the two no step begins: for Python code that reads or writes counts and states as a whole. What writes says
+  // so before.
+  void enter() { stepping_.take(); }
+  void writes() { stepping_.writes(); }
+  void leave() { stepping_.leave(); }
 
   const char* last_isa() const { return isa_name(isa_); }
 
@@ -320,11 +318,13 @@ class Updater final : public Naming {
     Setting setting;
   };
 
-  // Drops, at the end of a step that passed or failed, what it held of the caller's.
+  // Drops, at the end of a step that passed or failed, what it held of the caller's; and at its beginning, what a
+  // thread was about to step that a fork has left behind.
   struct Release {
     Updater& updater;
-    explicit Release(Updater& u) : updater(u) {}
-    ~Release() {
+    explicit Release(Updater& u) : updater(u) { drop(); }
+    ~Release() { drop(); }
+    void drop() const {
       updater.batch_.clear();
       updater.grads_.clear();
       updater.stepped_.clear();
@@ -405,6 +405,9 @@ class Updater final : public Naming {
   std::vector<std::string> param_names_, grad_names_, mirror_names_;
   std::vector<Owned> arrays_;
   std::vector<std::atomic<std::int64_t>> counts_;
+  // What a step leaves in numbers, for those who ask beside one: held for a moment and across no code of Python's, so
+  // that no fork takes it along.
+  mutable std::mutex numbers_;
 
   std::int64_t accumulate_;                   // calls in a sum of gradients
   std::atomic<std::int64_t> accumulated_{0};  // calls in the sum that is under way
@@ -418,7 +421,7 @@ class Updater final : public Naming {
   const KernelTable* table_ = nullptr;
   std::vector<BoundKernel> kernels_;
   std::atomic<Isa> isa_{Isa::scalar};
-  std::atomic<bool> stepping_{false};
+  Turnstile stepping_{"optimizer", kBusy};
 
   // Of the step under way; kept between steps for their memory.
   Batch batch_;
@@ -592,11 +595,28 @@ py::object state_like(const py::array& param, double value, const py::dtype& dty
   return state;
 }
 
+// NumPy's types and the names that are interned here are those of the interpreter that was first.
+bool refuse_subinterpreter() {
+  if (PyInterpreterState_Get() == PyInterpreterState_Main()) return false;
+  PyErr_SetString(PyExc_ImportError,
+                  "onepass works in the main interpreter only, and this is a sub-interpreter; use processes instead");
+  return true;
+}
+
 }  // namespace
 }  // namespace onepass
 
+// Python calls the entry point below, and not pybind11's: before CPython 3.12 that one would ask for the lock of the
+// main interpreter, and wait for it for ever in a sub-interpreter. From 3.13 on the entry point runs in the main
+// interpreter, whoever imports, so the module's own code asks again.
+#define PyInit__cpu PyInit_by_pybind11  // NOLINT(bugprone-reserved-identifier,cppcoreguidelines-macro-usage)
 PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
   using namespace onepass;  // NOLINT(google-build-using-namespace): the module's one function
+  if (refuse_subinterpreter()) throw py::error_already_set();
+  // While nobody else is here: what is set up once, and what another thread, or a fork in between, would wait for.
+  is_numpy_array(py::none());
+  prepare_threads();
+  watch_forks();
   m.doc() = "The CPU kernels of onepass. Use the classes and functions of the package instead.";
   m.attr("__version__") = ONEPASS_VERSION;
 
@@ -614,6 +634,7 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
       .def("restore", &Updater::restore, py::arg("counts"), py::arg("received"), py::arg("accumulated"),
            py::arg("seed"), py::arg("skipped"), py::arg("swapped"))
       .def("__enter__", &Updater::enter)
+      .def("writes", &Updater::writes)
       .def("__exit__", [](Updater& updater, const py::args& /*exception*/) { updater.leave(); })
       .def_property_readonly("counts", &Updater::counts)
       .def_property_readonly("seed", &Updater::seed)
@@ -669,4 +690,9 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
       py::arg("level2"), py::arg("level3"));
   m.def("get_num_threads", &thread_count);
   m.def("set_num_threads", &set_thread_count, py::arg("count"));
+}
+#undef PyInit__cpu
+
+extern "C" PYBIND11_EXPORT PyObject* PyInit__cpu() {  // NOLINT(bugprone-reserved-identifier)
+  return onepass::refuse_subinterpreter() ? nullptr : PyInit_by_pybind11();
 }

@@ -23,6 +23,7 @@
 #endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
+#include <signal.h>  // NOLINT(modernize-deprecated-headers): POSIX's masks
 #endif
 
 namespace onepass {
@@ -127,6 +128,33 @@ void spin_while(Condition condition) {
   }
 }
 
+// Signals belong to the program's own threads: one that comes to a worker would not wake the system call that a thread
+// sleeps in, and none of a program that waits for it in sigwait(), and blocks it everywhere else, may find a thread
+// that does not. Left to workers are those that their own code raises, and SIGPROF, by which a profiler asks who works.
+class SignalsBlocked {
+ public:
+  SignalsBlocked() {
+#if defined(__unix__) || defined(__APPLE__)
+    sigset_t mask;
+    sigfillset(&mask);
+    for (const int own : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, SIGSYS, SIGPROF}) sigdelset(&mask, own);
+    pthread_sigmask(SIG_BLOCK, &mask, &before_);
+#endif
+  }
+  ~SignalsBlocked() {
+#if defined(__unix__) || defined(__APPLE__)
+    pthread_sigmask(SIG_SETMASK, &before_, nullptr);
+#endif
+  }
+  SignalsBlocked(const SignalsBlocked&) = delete;
+  SignalsBlocked& operator=(const SignalsBlocked&) = delete;
+
+#if defined(__unix__) || defined(__APPLE__)
+ private:
+  sigset_t before_{};
+#endif
+};
+
 class Pool {
  public:
   // False, and nothing done, if the pool serves another caller.
@@ -168,6 +196,8 @@ class Pool {
   }
 
   void grow(std::size_t wanted) {
+    if (workers_.size() >= wanted) return;
+    const SignalsBlocked blocked;  // a thread begins with its maker's mask
     while (workers_.size() < wanted) {
       Worker& worker = workers_.emplace_back();
       try {
@@ -257,9 +287,7 @@ struct Inside {
   Inside& operator=(const Inside&) = delete;
 };
 
-Pool& pool() {
-  Pool* found = current_pool.load(std::memory_order_acquire);
-  if (found != nullptr) return *found;
+void watch_forks() {
 #if defined(__unix__) || defined(__APPLE__)
   static std::once_flag once;
   std::call_once(once, [] {
@@ -269,6 +297,12 @@ Pool& pool() {
     });
   });
 #endif
+}
+
+Pool& pool() {
+  Pool* found = current_pool.load(std::memory_order_acquire);
+  if (found != nullptr) return *found;
+  watch_forks();
   auto* const created = new Pool;  // NOLINT(cppcoreguidelines-owning-memory): see above
   if (current_pool.compare_exchange_strong(found, created, std::memory_order_acq_rel)) return *created;
   delete created;  // NOLINT(cppcoreguidelines-owning-memory): another thread was first
@@ -282,6 +316,11 @@ std::size_t usable_cpus() { return std::min(cgroup_quota(), affine_cpus()); }
 std::size_t thread_count() {
   const std::size_t chosen = chosen_threads.load(std::memory_order_relaxed);
   return chosen > 0 ? chosen : usable_cpus();
+}
+
+void prepare_threads() {
+  cgroup_quota();
+  watch_forks();
 }
 
 void set_thread_count(std::size_t count) { chosen_threads.store(count, std::memory_order_relaxed); }

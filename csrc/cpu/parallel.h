@@ -13,6 +13,10 @@ std::size_t usable_cpus();
 std::size_t thread_count();
 void set_thread_count(std::size_t count);
 
+// Reads the quota and makes forks known, which the first call that needs them does otherwise: a fork by another thread
+// in the middle of that would leave the child waiting.
+void prepare_threads();
+
 // Calls body(context, part) once for each part in [0, parts), on the calling thread and up to threads - 1 workers, and
 // returns when all calls have returned. A part goes to the same thread each time, unless that one is late. While
 // another thread is inside parallel_for, and in a call from within a body, the calling thread does all parts itself.

@@ -235,6 +235,7 @@ def batch_norm_backward(
         flag(training, "training"),
         _axis(channel_axis),
         relu,
+        None,
     )
     return BatchNormGradients(dx, dweight, dbias, residual if relu else dy)
 
@@ -342,9 +343,9 @@ class BatchNorm:
         self._bias_grad = self._zeros() if self._affine else None
         self._running_mean, self._running_var = self._zeros(), np.ones(self._channels, self._dtype)
         self._training = True
-        self._residual_grad: Any = None
-        # What the backward pass needs, or why there is nothing; batches that the running statistics have seen.
-        self._record: list[Any] = [_NO_FORWARD, 0]
+        # What the backward pass needs, or why there is nothing; batches that the running statistics have seen; the
+        # gradient of the residual. The compiled passes write them together with the arrays.
+        self._record: list[Any] = [_NO_FORWARD, 0, None]
         self._turn = _cpu.Turn()
 
     def _zeros(self) -> FloatArray:
@@ -397,7 +398,7 @@ class BatchNorm:
     @property
     def residual_grad(self) -> Any:
         """Gradient of the residual of the last :meth:`backward`; None if there was none."""
-        return self._residual_grad
+        return self._record[2]
 
     @property
     def running_mean(self) -> FloatArray:
@@ -494,7 +495,7 @@ class BatchNorm:
                 self._eps,
                 self._channel_axis,
                 self._relu,
-                (self._channels, self._dtype.name, self._record, kept, _OVERWRITTEN),
+                (self._channels, self._dtype.name, self._record, kept, _OVERWRITTEN, self._turn),
             )
             return y
 
@@ -534,7 +535,7 @@ class BatchNorm:
             if isinstance(saved, str):
                 raise RuntimeError(f"backward: {saved}")
             x, y, mean, invstd, weight, bias, kept = saved
-            dx, _, _, residual, _ = _cpu.batch_norm_backward(
+            dx, _, _, _, _ = _cpu.batch_norm_backward(
                 dy,
                 x,
                 mean,
@@ -548,9 +549,8 @@ class BatchNorm:
                 kept.training,
                 self._channel_axis,
                 self._relu,
+                (self._record, _TWICE, kept.residual, self._turn),
             )
-            self._residual_grad = (residual if self._relu else dy) if kept.residual else None
-            self._record[0] = _TWICE
             return dx
 
     # State
@@ -560,6 +560,7 @@ class BatchNorm:
         with self._turn:
             carry_out(
                 [
+                    (self._turn.writes, ()),
                     (self._running_mean.fill, (0.0,)),
                     (self._running_var.fill, (1.0,)),
                     (self._record.__setitem__, (1, 0)),
@@ -598,9 +599,8 @@ class BatchNorm:
         """What has to be done to restore a snapshot, which has been checked; none of it can fail."""
         own = self._state()
         given = entries(saved, "state_dict", (*own, "num_batches_tracked"))
-        calls: list[Call] = [
-            assignment(array, matching_array(given[name], array, name).copy()) for name, array in own.items()
-        ]
+        calls: list[Call] = [(self._turn.writes, ())]
+        calls += [assignment(array, matching_array(given[name], array, name).copy()) for name, array in own.items()]
         batches = count(given["num_batches_tracked"], "num_batches_tracked")
         return [*calls, (self._record.__setitem__, (1, batches))]
 
@@ -613,7 +613,7 @@ class BatchNorm:
 
     def __getstate__(self) -> dict[str, Any]:
         with self._turn:
-            state = {**self.__dict__, "_record": [_NO_FORWARD, self._record[1]], "_residual_grad": None}
+            state = {**self.__dict__, "_record": [_NO_FORWARD, self._record[1], None]}
             del state["_turn"]
             return state
 

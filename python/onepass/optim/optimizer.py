@@ -511,7 +511,8 @@ class Optimizer:
         swapped = hp.flag(scalar(state_dict["ema_swapped"]), "ema_swapped")
         if swapped and all("ema" not in state for state in self._state):
             raise ValueError("ema_swapped: is True, and this optimizer keeps no averages")
-        calls: list[Call] = [assignment(array, value) for array, value in copies]
+        calls: list[Call] = [(self._updater.writes, ())]
+        calls += [assignment(array, value) for array, value in copies]
         calls += [(values.update, (loaded,)) for values, loaded in zip(self._hyper, groups, strict=True)]
         calls.append((self._updater.restore, (counts, received, accumulated, seed, skipped, swapped)))
         return calls
