@@ -596,12 +596,9 @@ py::object state_like(const py::array& param, double value, const py::dtype& dty
 }
 
 // NumPy's types and the names that are interned here are those of the interpreter that was first.
-bool refuse_subinterpreter() {
-  if (PyInterpreterState_Get() == PyInterpreterState_Main()) return false;
-  PyErr_SetString(PyExc_ImportError,
-                  "onepass works in the main interpreter only, and this is a sub-interpreter; use processes instead");
-  return true;
-}
+bool in_subinterpreter() { return PyInterpreterState_Get() != PyInterpreterState_Main(); }
+constexpr const char* kMainOnly =
+    "onepass works in the main interpreter only, and this is a sub-interpreter; use processes instead";
 
 }  // namespace
 }  // namespace onepass
@@ -612,7 +609,7 @@ bool refuse_subinterpreter() {
 #define PyInit__cpu PyInit_by_pybind11  // NOLINT(bugprone-reserved-identifier,cppcoreguidelines-macro-usage)
 PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
   using namespace onepass;  // NOLINT(google-build-using-namespace): the module's one function
-  if (refuse_subinterpreter()) throw py::error_already_set();
+  if (in_subinterpreter()) throw py::import_error(kMainOnly);
   // While nobody else is here: what is set up once, and what another thread, or a fork in between, would wait for.
   is_numpy_array(py::none());
   prepare_threads();
@@ -694,5 +691,7 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
 #undef PyInit__cpu
 
 extern "C" PYBIND11_EXPORT PyObject* PyInit__cpu() {  // NOLINT(bugprone-reserved-identifier)
-  return onepass::refuse_subinterpreter() ? nullptr : PyInit_by_pybind11();
+  if (!onepass::in_subinterpreter()) return PyInit_by_pybind11();
+  PyErr_SetString(PyExc_ImportError, onepass::kMainOnly);
+  return nullptr;
 }
