@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import threading
@@ -326,6 +327,245 @@ def test_a_large_step_lets_other_threads_run():
         thread.join(30)
     assert held == 0
     assert released > 0
+
+
+# Everything at once
+
+
+BUSY = "in the middle of a step"
+THREADS = 6
+
+
+def at_once(rounds, *actions):
+    """Threads that each make all calls, `rounds` times, in an order of their own; what those that failed have said."""
+    refused = []
+
+    def body(seed):
+        rng = np.random.default_rng(seed)
+
+        def run():
+            for _ in range(rounds):
+                for k in rng.permutation(len(actions)):
+                    try:
+                        actions[k]()
+                    except RuntimeError as error:
+                        refused.append(str(error))
+
+        return run
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        run_all(*[body(seed) for seed in range(THREADS)])
+    finally:
+        sys.setswitchinterval(interval)
+    return refused
+
+
+def uniform(array):
+    """The one number that all elements are; half of a step leaves two."""
+    assert (array == array.flat[0]).all()
+    return float(array.flat[0])
+
+
+@pytest.mark.parametrize("size", [40, LARGE // 16], ids=["small", "large"])
+def test_threads_that_do_everything_to_one_optimizer(size):
+    onepass.set_num_threads(2)
+    params = [np.ones(n, np.float32) for n in (size, 3, size // 2)]
+    grads = [np.ones_like(p) for p in params]
+    norm = float(np.sqrt(np.float64(sum(p.size for p in params))))
+    opt = onepass.Momentum(params, momentum=0.5, lr=0.5, lr_in_velocity=False, ema_decay=0.5)
+    states, norms, seen = [], [], []
+
+    def snapshot():
+        states.append(opt.state_dict())
+
+    def load():
+        if states:
+            opt.load_state_dict(states[len(states) // 2])
+
+    def ask():
+        norms.append(opt.grad_norm)
+        seen.append(opt.step_counts)
+        assert opt.skipped == opt.accumulated == 0
+        assert repr(opt).startswith("Momentum(3 parameters, {lr=")
+        assert opt.lr in (0.5, 0.25, 0.125)
+        assert len(opt.ema) == len(opt.state) == 3
+        assert opt.master is None
+
+    def set_rates():
+        opt.lr = 0.25
+        opt.param_groups[0].update(lr=0.125, maximize=True)
+        opt.param_groups[0]["maximize"] = False
+
+    refused = at_once(
+        100 if size > 1000 else 200,
+        lambda: opt.step(grads),
+        lambda: opt.step(grads, max_grad_norm=1e9),
+        lambda: opt.step(tuple(grads), nonfinite="skip", max_grad_norm=1e9),
+        opt.swap_ema,
+        opt.swap_ema,
+        snapshot,
+        load,
+        ask,
+        set_rates,
+    )
+    exchanged = "parameters and averages are exchanged; call swap_ema() before the next step"
+    assert all(BUSY in message or message == exchanged for message in refused), set(refused)
+    states.append(opt.state_dict())
+    assert len(states) > THREADS
+    for state in states:
+        of_params = state["state"].values()
+        assert len({entry["step"] for entry in of_params}) == 1
+        for entry in of_params:
+            uniform(entry["ema"])
+    assert max(state["state"][0]["step"] for state in states) > 1
+    assert all(len(set(counts)) == 1 for counts in seen)
+    assert set(norms) <= {None, norm}
+    for array in (*params, *opt.ema):
+        uniform(array)
+    # The gradients are all 1 or, maximized, all -1.
+    for state in states:
+        velocities = {uniform(entry["velocity"]) for entry in state["state"].values()}
+        assert len(velocities) == 1
+        assert abs(velocities.pop()) <= 2.0
+    assert all(np.isfinite(p).all() for p in params)
+
+
+def test_counts_and_states_of_one_optimizer_stay_together_among_threads():
+    onepass.set_num_threads(2)
+    params = [np.zeros(n, np.float32) for n in (40_000, 5)]
+    grads = [np.ones_like(p) for p in params]
+    opt = onepass.Momentum(params, momentum=0.5, lr=1.0)
+    states = [opt.state_dict()]
+
+    def load():
+        opt.load_state_dict(states[len(states) // 3])
+
+    at_once(150, lambda: opt.step(grads), lambda: opt.step(grads), lambda: states.append(opt.state_dict()), load)
+    states.append(opt.state_dict())
+    assert len({state["state"][0]["step"] for state in states}) > 1
+    for state in states:
+        for entry in state["state"].values():
+            assert entry["step"] == state["state"][0]["step"]
+            velocity = np.float32(2.0 - 2.0 ** (1 - entry["step"]) if entry["step"] else 0.0)
+            assert (entry["velocity"] == velocity).all()
+
+
+def test_threads_with_their_own_optimizers_share_gradients_and_change_settings():
+    # The list of the gradients changes all the time, for others of the same numbers; at times it is too long.
+    sizes = (LARGE // 8, 7, 1000)
+    first = [numbers(size, seed=k) for k, size in enumerate(sizes)]
+    second = copied(first)
+    shared = list(first)
+    isas = onepass.available_isas()
+    stop, taken = threading.Event(), []
+
+    def disturb():
+        rng = np.random.default_rng(1)
+        while not stop.is_set():
+            shared[int(rng.integers(3))] = (first, second)[int(rng.integers(2))][0]
+            shared[:] = (first, second)[int(rng.integers(2))]
+            shared.append(first[0])
+            shared.pop()
+            onepass.set_num_threads(int(rng.integers(1, 5)))
+            onepass.set_isa(isas[int(rng.integers(len(isas)))])
+            onepass.get_num_threads()
+            _cpu.set_serial_bytes(int(rng.integers(2)) << 22)
+            onepass.set_cache_limit(int(rng.integers(2)) << 24)
+            onepass.empty_cache()
+            _cpu.set_cache_sizes(int(rng.integers(2)) << 16, 0)
+
+    def trainer(case, seed):
+        def body():
+            params = [numbers(size, seed=seed + k) for k, size in enumerate(sizes)]
+            opt, steps = make(case, params), 0
+            layer = onepass.BatchNorm(8, activation="relu")
+            for _ in range(40):
+                try:
+                    opt.step(shared)
+                    steps += 1
+                except ValueError as error:  # as it was at that moment
+                    assert str(error).startswith("grads"), error
+                layer.backward(layer(BATCH))
+            taken.append((case, seed, steps, params, opt, layer))
+
+        return body
+
+    def all_trainers():
+        try:
+            run_all(*[trainer(case, 10 * k) for k, case in enumerate(("Adam", "SGD", "Momentum", "RMSprop"))])
+        finally:
+            stop.set()
+
+    try:
+        run_all(all_trainers, disturb)
+    finally:
+        onepass.set_cache_limit(None)
+    assert len(taken) == 4
+    assert sum(steps for _, _, steps, *_ in taken) > 20
+    reference = onepass.BatchNorm(8, activation="relu")
+    for _ in range(40):
+        reference.backward(reference(BATCH))
+    for case, seed, steps, params, opt, layer in taken:
+        plain = [numbers(size, seed=seed + k) for k, size in enumerate(sizes)]
+        twin = make(case, plain)
+        for _ in range(steps):
+            twin.step(first)
+        assert_same_bits(params, plain)
+        assert_equal_optimizers(opt, twin)
+        assert_same_bits(layer.state_dict(), reference.state_dict())
+        assert_same_bits(layer.gradients(), reference.gradients())
+
+
+BATCH = numbers((16, 8, 12, 12), seed=77)
+
+
+def test_threads_that_do_everything_to_one_layer():
+    onepass.set_num_threads(2)
+    values = numbers((32, 1, 20, 20), seed=5) * np.ones((1, 6, 1, 1), np.float32)  # the same in all channels
+    layer = onepass.BatchNorm(6, momentum=0.5)
+    states, counts = [layer.state_dict()], []
+
+    def backward():
+        layer.backward(values)
+
+    def load():
+        layer.load_state_dict(states[len(states) // 2])
+
+    def ask():
+        counts.append(layer.num_batches_tracked)
+        assert repr(layer).startswith("BatchNorm(6, ")
+        assert layer.residual_grad is None or layer.residual_grad is values
+        layer.momentum = 0.5
+        layer.train()
+
+    refused = at_once(
+        150,
+        lambda: layer(values),
+        lambda: layer(values, residual=values),
+        lambda: layer(values, training=False),
+        backward,
+        backward,
+        layer.reset_running_stats,
+        lambda: states.append(layer.state_dict()),
+        lambda: states.append(copy.deepcopy(layer).state_dict()),
+        load,
+        ask,
+    )
+    said = ("this layer is in the middle of a pass; nothing was done", "backward: ")
+    assert all(message.startswith(said) for message in refused), set(refused)
+    states.append(layer.state_dict())
+    means = {0: 0.0}
+    twin = onepass.BatchNorm(6, momentum=0.5)
+    for batches in range(1, 1 + max(state["num_batches_tracked"] for state in states)):
+        twin(values)
+        means[batches] = uniform(twin.running_mean)
+    assert len(means) > 1
+    for state in states:
+        assert uniform(state["running_mean"]) == means[state["num_batches_tracked"]]
+        uniform(state["running_var"])
+    assert max(counts) > 0
 
 
 # Processes

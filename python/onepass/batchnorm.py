@@ -617,6 +617,15 @@ class BatchNorm:
             del state["_turn"]
             return state
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> BatchNorm:
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        state = self.__getstate__()
+        with self._turn:  # so that arrays and their count are of the same batch
+            state["_record"][1] = self._record[1]
+            twin.__setstate__(copy.deepcopy(state, memo))
+        return twin
+
     def __copy__(self) -> BatchNorm:
         return copy.deepcopy(self)  # two layers that share arrays, and not their counts, would be neither
 
