@@ -364,12 +364,14 @@ py::tuple forward(const py::object& x, const py::object& weight, const py::objec
   const bool empty = call.count() == 0;
   py::object saved;
   py::object batches;
+  py::object own_weight;  // which the pass reads, whether the layer keeps them or not
+  py::object own_bias;
   if (layer) {
     const py::object y_or_none = relu && !residual.is_none() ? y : py::none();
     const bool in_place = call.y == call.x && !empty;
     // Copies of the parameters, made after foreign arrays have run what they like, and used by both passes.
-    const py::object own_weight = copy_of_parameter(arguments.find("weight"), call.weight);
-    const py::object own_bias = copy_of_parameter(arguments.find("bias"), call.bias);
+    own_weight = copy_of_parameter(arguments.find("weight"), call.weight);
+    own_bias = copy_of_parameter(arguments.find("bias"), call.bias);
     saved =
         in_place ? layer->overwritten : py::make_tuple(x, y_or_none, mean, invstd, own_weight, own_bias, layer->kept);
     const auto count = layer->record[Record::batches].cast<std::int64_t>();
