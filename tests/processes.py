@@ -96,5 +96,3 @@ def in_child(body):
 def check(condition):
     assert condition
 """
-
-

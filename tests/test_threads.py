@@ -340,16 +340,19 @@ def at_once(rounds, *actions):
     """Threads that each make all calls, `rounds` times, in an order of their own; what those that failed have said."""
     refused = []
 
+    def attempt(action):
+        try:
+            action()
+        except RuntimeError as error:
+            refused.append(str(error))
+
     def body(seed):
         rng = np.random.default_rng(seed)
 
         def run():
             for _ in range(rounds):
                 for k in rng.permutation(len(actions)):
-                    try:
-                        actions[k]()
-                    except RuntimeError as error:
-                        refused.append(str(error))
+                    attempt(actions[k])
 
         return run
 
@@ -459,12 +462,13 @@ def test_threads_with_their_own_optimizers_share_gradients_and_change_settings()
     second = copied(first)
     shared = list(first)
     isas = onepass.available_isas()
-    stop, taken = threading.Event(), []
+    stop, taken, refused = threading.Event(), [], []
 
     def disturb():
         rng = np.random.default_rng(1)
         while not stop.is_set():
-            shared[int(rng.integers(3))] = (first, second)[int(rng.integers(2))][0]
+            k = int(rng.integers(3))
+            shared[k] = (first, second)[int(rng.integers(2))][k]
             shared[:] = (first, second)[int(rng.integers(2))]
             shared.append(first[0])
             shared.pop()
@@ -485,8 +489,8 @@ def test_threads_with_their_own_optimizers_share_gradients_and_change_settings()
                 try:
                     opt.step(shared)
                     steps += 1
-                except ValueError as error:  # as it was at that moment
-                    assert str(error).startswith("grads"), error
+                except ValueError as error:
+                    refused.append(str(error))
                 layer.backward(layer(BATCH))
             taken.append((case, seed, steps, params, opt, layer))
 
@@ -503,6 +507,7 @@ def test_threads_with_their_own_optimizers_share_gradients_and_change_settings()
     finally:
         onepass.set_cache_limit(None)
     assert len(taken) == 4
+    assert set(refused) <= {"grads: 4 given for 3 parameters"}
     assert sum(steps for _, _, steps, *_ in taken) > 20
     reference = onepass.BatchNorm(8, activation="relu")
     for _ in range(40):
@@ -536,7 +541,8 @@ def test_threads_that_do_everything_to_one_layer():
     def ask():
         counts.append(layer.num_batches_tracked)
         assert repr(layer).startswith("BatchNorm(6, ")
-        assert layer.residual_grad is None or layer.residual_grad is values
+        residual_grad = layer.residual_grad
+        assert residual_grad is None or residual_grad is values
         layer.momentum = 0.5
         layer.train()
 
@@ -569,6 +575,7 @@ def test_threads_that_do_everything_to_one_layer():
 
 
 # Processes
+
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_a_forked_child_steps_with_threads(threads):
