@@ -443,15 +443,18 @@ py::tuple backward(const py::object& dy, const py::object& x, const py::object& 
   const py::object dweight = gradient("weight_grad", weight_grad, call.dweight);
   const py::object dbias = gradient("bias_grad", bias_grad, call.dbias);
   std::optional<Record> record;
+  py::object saved;
+  bool had_residual = false;
   if (given_layer) {
     record.emplace((*given_layer)[0]);
+    saved = (*given_layer)[1];
+    had_residual = (*given_layer)[2].cast<bool>();
     (*given_layer)[3].cast<Turnstile&>().writes();
   }
   const Isa isa = run(&batchnorm::backward, call, 3);
   if (record) {
-    const bool had_residual = (*given_layer)[2].cast<bool>();
     const py::object residual_grad = !had_residual ? py::none() : relu ? dresidual : dy;
-    record->set({{Record::saved, (*given_layer)[1]}, {Record::residual_grad, residual_grad}});
+    record->set({{Record::saved, saved}, {Record::residual_grad, residual_grad}});
   }
   return py::make_tuple(dx, dweight, dbias, dresidual, isa_name(isa));
 }

@@ -16,6 +16,7 @@ class Turnstile {
   // `what`: what the object is called in messages; `busy`: the message for a turn that comes in the middle of another
   // one.
   constexpr Turnstile(const char* what, const char* busy) : what_(what), busy_(busy) {}
+  ~Turnstile() = default;
   Turnstile(const Turnstile&) = delete;
   Turnstile& operator=(const Turnstile&) = delete;
 
