@@ -400,8 +400,9 @@ for size, most in ((1 << 18, 30), (10, 120)):
         assert state(opt, params) == state(twin, plain), now
     long = duration(step)
     look()
-    storm(step, look, 2 * long, most)
-    assert calls >= most / 2
+    before = calls
+    storm(step, look, max(2 * long, 1e-3), most)
+    assert calls > before + 5
 """
     run(SIGNALS + code)
 
@@ -599,7 +600,7 @@ for _ in range(25):
         assert result(params) == result(plain)
 os.close(ask[1])
 assert os.waitpid(killer, 0)[1] == 0
-assert steps > 25
+assert steps > 5
 """
     run(SIGNALS + code)
 
