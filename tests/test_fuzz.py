@@ -133,11 +133,17 @@ def fault_in_loading_a_state(monkeypatch):
     monkeypatch.setattr(onepass.Optimizer, "load_state_dict", wrong)
 
 
+def skip(opt, skipped):
+    """As if it had skipped so many steps."""
+    one = opt._updater
+    one.restore(one.counts, one.received, one.accumulated, one.seed, skipped, one.swapped)
+
+
 def fault_of_writing_before_checking(monkeypatch):
     right = onepass.Optimizer.load_state_dict
 
     def wrong(self, state_dict):
-        self._updater.skipped = 7
+        skip(self, 7)
         right(self, state_dict)
 
     monkeypatch.setattr(onepass.Optimizer, "load_state_dict", wrong)
@@ -151,7 +157,7 @@ def fault_in_loading_a_file(monkeypatch):
         things = target.values() if isinstance(target, dict) else [target]
         for thing in things:
             if isinstance(thing, onepass.Optimizer):
-                thing._updater.skipped += 1
+                skip(thing, thing.skipped + 1)
         return extra
 
     monkeypatch.setattr(onepass, "load", wrong)
@@ -178,6 +184,8 @@ def test_a_planted_fault_is_found_kept_and_seen_again(name, monkeypatch, tmp_pat
         assert "1 failed" in printed.out
         (path,) = tmp_path.iterdir()
         assert re.search(rf"--replay \S*{path.name}$", printed.err, re.MULTILINE)
+        assert re.search(r"^\S*(FindingError|AssertionError)", printed.err, re.MULTILINE)
+        assert "AttributeError" not in printed.err
         assert fuzz.main(["--replay", str(path)]) == 1
         assert capsys.readouterr().out.startswith(f"scene {scene}\n")
     assert fuzz.main(["--replay", str(path)]) == 0, "it is the fault that was found"

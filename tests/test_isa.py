@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import inspect
 import os
 import re
@@ -127,18 +128,34 @@ def test_registry_lists_names_once():
 @pytest.fixture(scope="module")
 def consumer(tmp_path_factory):
     """examples/cpp, built as a C++ user builds it: the library with no Python in sight."""
-    return build_consumer(tmp_path_factory.mktemp("consumer"))
+    return build_consumer(shared_folder(tmp_path_factory), "consumer")
 
 
 @pytest.fixture(scope="module")
 def consumer_elsewhere(tmp_path_factory):
     """The same, as on a machine that is not x86: only the name of the processor is another."""
-    return build_consumer(
-        tmp_path_factory.mktemp("elsewhere"), "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=riscv64"
-    )
+    options = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=riscv64")
+    return build_consumer(shared_folder(tmp_path_factory), "elsewhere", *options)
 
 
-def build_consumer(build, *options):
+def shared_folder(tmp_path_factory):
+    """One for all processes among which the tests of this run are divided."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+def build_consumer(folder, name, *options):
+    """The first process that needs it builds it, others wait."""
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        build, done = folder / name, folder / f"{name}.done"
+        if not done.exists():
+            run_cmake(build, *options)
+            done.touch()
+    return build
+
+
+def run_cmake(build, *options):
     cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     assert cmake, "cmake is part of the test extra"
     # An environment without sanitizers preloaded: compilers do not run under them.
@@ -149,7 +166,6 @@ def build_consumer(build, *options):
     ):
         result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         assert result.returncode == 0, result.stdout + result.stderr
-    return build
 
 
 # What a kernel unit exports, without the name of its instruction set.

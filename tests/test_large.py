@@ -24,11 +24,22 @@ PERIOD = 999_983
 
 
 def available_bytes():
+    """What the machine has left, or the control group of this process where that is less."""
     try:
         text = pathlib.Path("/proc/meminfo").read_text(encoding="ascii")
     except OSError:
         return None
-    return next(1024 * int(line.split()[1]) for line in text.splitlines() if line.startswith("MemAvailable:"))
+    available = next(1024 * int(line.split()[1]) for line in text.splitlines() if line.startswith("MemAvailable:"))
+    group = pathlib.Path("/sys/fs/cgroup")
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            available = min(available, int((group / limit).read_text()) - int((group / used).read_text()))
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    return available
 
 
 def need_memory(need):

@@ -874,7 +874,7 @@ def test_units_that_are_not_finite():
 @pytest.mark.parametrize(
     ("shape", "axis", "error"),
     [
-        ((), 0, r"axis 0.*\(\)"),
+        ((), 0, "axis 0.* 0 dimensions"),
         ((4,), 1, "axis 1"),
         ((4, 5), 2, "axis 2"),
         ((4, 5), -3, "axis -3"),
@@ -901,10 +901,11 @@ def test_units_that_a_parameter_cannot_have(shape, axis, error):
     assert (bits(other), bits(param)) == before
     opt = onepass.Adam([{"params": {"a": other}}, {"params": {"b": param}}], ema_decay=0.5)
     opt.step(grads)
-    opt.param_groups[1]["max_unit_norm"] = (1.0, axis)
+    if error == "scattered":  # what only the memory of the parameter tells
+        opt.param_groups[1]["max_unit_norm"] = (1.0, axis)
     whole = Whole(opt, other, param)
-    with pytest.raises((TypeError, ValueError), match=error):
-        opt.step(grads)
+    with pytest.raises(ValueError, match=error):
+        opt.step(grads) if error == "scattered" else opt.param_groups[1].update(max_unit_norm=(1.0, axis))
     whole.assert_unchanged()
     opt.param_groups[1]["max_unit_norm"] = None
     opt.step(grads)
@@ -1312,7 +1313,9 @@ def test_what_a_step_leaves_alone_is_not_zeroed_as_the_gradient_of_another_param
                 continue
             evil = {**frozen, name: victim.reshape(-1)[: grads[name].size].reshape(grads[name].shape)}
             whole = Whole(opt, params, evil)
-            with pytest.raises(ValueError, match=re.escape(f"('{name}'): overlaps")):
+            with pytest.raises(
+                ValueError, match=re.escape(f"('{name}')") + ".* overlaps|overlaps .*" + re.escape(f"('{name}')")
+            ):
                 opt.step(evil, zero_grads=True)
             whole.assert_unchanged()
             break
@@ -1326,6 +1329,22 @@ def test_what_a_step_leaves_alone_is_not_zeroed_as_the_gradient_of_another_param
     assert bits(q) == before
     functional.sgd([p, q], [p * 2, None], step=1, zero_grads=True)
     assert bits(q) == before
+
+
+def test_a_frozen_parameter_may_be_read_only_and_a_function_needs_no_state_of_it():
+    params = [numbers(5), numbers(5, seed=1)]
+    opt = onepass.Adam(params)
+    params[1].flags.writeable = False
+    before = bits(params[1])
+    opt.step([numbers(5, seed=2), None], zero_grads=True)
+    assert opt.step_counts == (1, 0)
+    assert bits(params[1]) == before
+    states = [[np.zeros(5, np.float32), None] for _ in range(2)]
+    functional.adam(params, [numbers(5, seed=2), None], *states, step=1, zero_grads=True)
+    assert bits(params[1]) == before
+    for bad in ([None, params[1]], [params[0], None]):
+        with pytest.raises(TypeError, match="got NoneType"):
+            functional.sgd(bad, [numbers(5), numbers(5)], step=1, zero_grads=True)
 
 
 def test_functional_options_that_need_each_other():

@@ -143,9 +143,16 @@ void Batch::add(const Kernel& kernel, const Arrays& arrays, Setting* setting, st
   entries_.push_back({&kernel, arrays, setting, index});
 }
 
+void Batch::leave_alone(const Arrays& arrays, std::size_t index) {
+  entries_.push_back({nullptr, arrays, nullptr, index});
+}
+
 void Batch::validate(const Naming& naming) {
   export_foreign(naming);
-  for (const Entry& entry : entries_) read(entry, naming);
+  for (std::size_t k = 0; k < entries_.size(); ++k) {
+    const Entry& entry = entries_[k];
+    entry.kernel != nullptr ? read(entry, naming) : note_alone(entry, k, naming);
+  }
   require_disjoint(naming);
 }
 
@@ -154,6 +161,7 @@ void Batch::export_foreign(const Naming& naming) {
     for (std::size_t stream = 0; stream < kStreams; ++stream) {
       const py::handle object = entry.arrays.stream[stream];
       if (!object || is_numpy_array(object) || foreign_.contains(object.ptr())) continue;
+      if (entry.kernel == nullptr && object.is_none()) continue;
       named(naming, entry.index, stream,
             [&] { foreign_.emplace(object.ptr(), view_array(object, keeper_, holds(stream))); });
     }
@@ -311,6 +319,15 @@ void Batch::compare_gradient(const Interval& grad, const Naming& naming, bool& j
   }
   throw py::value_error(name(grad, naming) + ": overlaps " + name(*written, naming) +
                         " in memory, which the step writes");
+}
+
+void Batch::note_alone(const Entry& entry, std::size_t position, const Naming& naming) {
+  for (std::size_t stream = 0; stream < kStreams; ++stream) {
+    const py::handle object = entry.arrays.stream[stream];
+    if (!object || object.is_none()) continue;
+    named(naming, entry.index, stream,
+          [&] { note(written_, view(object, stream), static_cast<std::uint32_t>(position), stream); });
+  }
 }
 
 void Batch::require_disjoint(const Naming& naming) {

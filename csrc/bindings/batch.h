@@ -46,6 +46,9 @@ class Batch {
   // gradient or a setting the rest is validated alone.
   void add(const Kernel& kernel, const Arrays& arrays, Setting* setting, std::size_t index);
 
+  // Arrays that this step neither reads nor writes, and that nothing which it writes may meet. After all add()s.
+  void leave_alone(const Arrays& arrays, std::size_t index);
+
   // How tensors are stored, and gradients are left, in this step.
   std::uint64_t seed = 0;
   bool stochastic = false;
@@ -68,7 +71,7 @@ class Batch {
 
  private:
   struct Entry {
-    const Kernel* kernel;
+    const Kernel* kernel;  // null: left alone
     Arrays arrays;
     Setting* setting;
     std::size_t index;
@@ -87,6 +90,7 @@ class Batch {
   ArrayView view(py::handle object, std::size_t stream);
   static void note(std::vector<Interval>& intervals, const ArrayView& view, std::uint32_t tensor, std::size_t stream);
   void read(const Entry& entry, const Naming& naming);
+  void note_alone(const Entry& entry, std::size_t position, const Naming& naming);
   void require_disjoint(const Naming& naming);
   void sort_written(const Naming& naming);
   const Interval* first_written_in(const MemoryRange& range) const;

@@ -213,11 +213,11 @@ class Updater final : public Naming {
     }
     batch_.seed = seed_;
     batch_.zero_grads = options.zero_grads;
-    if (options.zero_grads && stepped_.size() < arrays_.size()) require_gradients_apart();
     std::size_t k = 0;
     for (const std::size_t i : stepped_) {
       batch_.add(*kernels_[group_of_[i]].kernel, arrays_of(i, !grads_[i].is_none()), settings_of_[k++], i);
     }
+    if (options.zero_grads && stepped_.size() < arrays_.size()) leave_the_others_alone();
     batch_.validate(*this);
     if (accumulate_ > 1) {
       for (k = 0; k < stepped_.size(); ++k) batch_.tensors()[k].sum_starts = received_[stepped_[k]] == 0;
@@ -343,13 +343,16 @@ class Updater final : public Naming {
     return arrays;
   }
 
-  // That no gradient, which will be zeroed, lies in the arrays of a parameter that this call does not step.
-  void require_gradients_apart() {
+  // What is zeroed as a gradient may not lie in the arrays of a parameter that this call does not step, either.
+  void leave_the_others_alone() {
+    std::size_t k = 0;
     for (std::size_t i = 0; i < arrays_.size(); ++i) {
-      batch_.add(kernel_named(rules_[group_of_[i]]), arrays_of(i, !grads_[i].is_none()), nullptr, i);
+      if (k < stepped_.size() && stepped_[k] == i) {
+        ++k;
+      } else {
+        batch_.leave_alone(arrays_of(i, false), i);
+      }
     }
-    batch_.validate(*this);
-    batch_.clear();
   }
 
   // Of calls that update nothing.
@@ -493,12 +496,6 @@ py::tuple update_owned(const std::string& rule, const std::vector<py::object>& g
     }
     return of_param;
   };
-  const bool all = std::ranges::none_of(grads, [](const py::object& grad) { return grad.is_none(); });
-  if (options.zero_grads && !all) {  // nor may what is zeroed lie in arrays that this call leaves alone
-    for (std::size_t i = 0; i < count; ++i) batch.add(kernel, arrays_of(i), nullptr, i);
-    batch.validate(naming);
-    batch.clear();
-  }
   for (std::size_t i = 0; i < count; ++i) {
     if (!grads[i].is_none()) {
       batch.add(kernel, arrays_of(i), &setting, i);
@@ -506,6 +503,9 @@ py::tuple update_owned(const std::string& rule, const std::vector<py::object>& g
       throw py::type_error(naming.name(i, kGrad) + ": None, and gradients are summed over " +
                            std::to_string(sum.calls) + " calls; leave the parameter out of all of them, or pass zeros");
     }
+  }
+  for (std::size_t i = 0; i < count && options.zero_grads; ++i) {
+    if (grads[i].is_none()) batch.leave_alone(arrays_of(i), i);
   }
   batch.validate(naming);
   if (sum.calls > 1) {

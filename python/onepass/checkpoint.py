@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import math
 import mmap
 import os
 import secrets
+import stat
+import sys
 import zlib
 from collections.abc import Mapping
 from dataclasses import fields
@@ -19,6 +22,7 @@ import numpy.typing as npt
 
 from onepass import _cpu, schedules
 from onepass.batchnorm import BatchNorm
+from onepass.integers import is_integer
 from onepass.optim.hyper import flag
 from onepass.optim.optimizer import Optimizer
 from onepass.optim.options import bfloat16
@@ -31,6 +35,9 @@ Target: TypeAlias = "Optimizer | BatchNorm | Mapping[str, Optimizer | BatchNorm]
 Tensors: TypeAlias = dict[str, npt.NDArray[Any]]
 
 _FORMAT, _VERSION = "onepass", "1"
+_LARGEST_HEADER = 100_000_000  # of safetensors
+_MOST_LEVELS = 100  # each takes three frames of Python's stack
+_MOST_BITS = 8192  # Python reads no more than 4300 digits
 
 _CODES = {
     "bool": "BOOL",
@@ -48,33 +55,35 @@ def save(path: Path, target: Target, /, **extra: Any) -> None:
 
     The file is in the safetensors format, which any framework reads, and loading it never runs code. It is written
     beside `path`, flushed to the disk, read back, and renamed: whenever the process is killed, `path` is the old file
-    or the new one. (A killed one leaves ``.NAME.*.tmp`` beside it.)
+    or the new one. (A killed one leaves ``.NAME.*.tmp`` or ``.tmp*`` beside it.)
 
     Parameters
     ----------
     path : str or path-like
-        The file, which is replaced if it exists.
+        The file, which is replaced, in its mode, if it exists. Only a regular file is.
     target : Optimizer, BatchNorm, or dict of name -> those
-        What is saved. Nothing of it may change meanwhile; steps of other threads are refused.
+        What is saved. Steps of other threads are refused meanwhile, and nothing else may write into the arrays.
     **extra
         Anything else that :func:`load` shall return: NumPy arrays, numbers, strings, True, False, None, and lists,
-        tuples and dicts of those.
+        tuples and dicts of those, up to 100 deep. Numbers of NumPy come back as Python's.
 
     Raises
     ------
     TypeError, ValueError
-        With the name of the argument that cannot be stored.
+        With the name of the argument that cannot be stored. Long lists of numbers belong into arrays: all that is in
+        none, and the names of the arrays, have 100 MB together.
     OSError
-        If the file cannot be written. What was at `path` before is still there, after any error.
+        If the file cannot be written. What was at `path` before is still there; only if nothing but its folder could
+        not be flushed, the new file is.
     RuntimeError
-        If `target` is in the middle of a step, or an array changed while it was saved.
+        If `target` is in the middle of a step, or an array is not what it was when its checksum was taken.
 
     Notes
     -----
     Arrays are written from where they lie, without a copy, unless they are not in C order. Learning rates that are
     :mod:`onepass.schedules` are stored, other functions are not: see :func:`load`. The tensors are named
-    ``params.KEY``, ``state.INDEX.NAME`` and ``extra.NAME``, with the name in `target` before the first two if that is
-    a dict.
+    ``params.KEY`` and ``state.INDEX.NAME`` (of a BatchNorm as in its ``state_dict``), with the name in `target` before
+    that if it is a dict, and ``extra.NAME``.
 
     Examples
     --------
@@ -90,22 +99,22 @@ def save(path: Path, target: Target, /, **extra: Any) -> None:
     >>> w, opt.step_counts
     (array([0.5, 0.5, 0.5], dtype=float32), (1,))
     """
-    path = _path(path)
+    name = _path(path)
+    file = _regular(os.path.realpath(name), exists=False)  # a link stays one
     objects = _objects(target)
     with _cpu.Turns([thing._turn for thing in objects.values()]):
         tensors: Tensors = {}
-        writer = _Writer(tensors)
         several = isinstance(target, Mapping)
         contents = {
             "targets": {
                 name: {
                     "kind": _kind(thing),
-                    "content": writer.tree(thing._saved(), (name,) if several else ()),
+                    "content": _Writer(tensors).tree(thing._saved(), (_text(name, "target"),) if several else ()),
                 }
                 for name, thing in objects.items()
             },
             "several": several,
-            "extra": writer.tree(extra, ("extra",)),
+            "extra": _Writer(tensors, extra=True).tree(extra, ("extra",)),
             "onepass": _cpu.__version__,
         }
         text = json.dumps(contents, separators=(",", ":"), allow_nan=False)
@@ -115,7 +124,13 @@ def save(path: Path, target: Target, /, **extra: Any) -> None:
             "contents": text,
             "crc32": f"{zlib.crc32(text.encode()):08x}",
         }
-        _replace(path, tensors, metadata)
+        size = len(json.dumps(metadata)) + sum(len(name) + 100 for name in tensors)
+        if size > _LARGEST_HEADER:
+            raise ValueError(
+                f"extra: with the names of the arrays it makes a header of {size / 1e6:.0f} MB, and safetensors have "
+                f"{_LARGEST_HEADER / 1e6:.0f}; put long lists of numbers into arrays"
+            )
+        _replace(file, tensors, metadata)
 
 
 def load(path: Path, target: Target, /) -> dict[str, Any]:
@@ -126,10 +141,11 @@ def load(path: Path, target: Target, /) -> dict[str, Any]:
     path : str or path-like
         The file.
     target : Optimizer, BatchNorm, or dict of name -> those
-        Made like those that were saved: of the same classes, with parameters of the same names, shapes and dtypes, and
-        the same options that decide which states there are. Their values are overwritten, hyper-parameters included;
-        mirrors follow the parameters. Only functions of the step count other than :mod:`onepass.schedules` stay those
-        that `target` has.
+        Made like those that were saved: of the same classes, with parameters of the same names, shapes, dtypes and
+        memory order (on which norms and random numbers depend), and the same options that decide which states there
+        are. Their values are overwritten, hyper-parameters of optimizers included; mirrors follow the parameters. Only
+        functions of the step count other than :mod:`onepass.schedules` stay those that `target` has. Of a BatchNorm
+        what its ``state_dict`` has is restored.
 
     Returns
     -------
@@ -154,6 +170,7 @@ def load(path: Path, target: Target, /) -> dict[str, Any]:
     """
     path = _path(path)
     objects = _objects(target)
+    _regular(path, exists=True)
     try:
         contents = _read(path)
         saved = contents["targets"]
@@ -171,19 +188,39 @@ def load(path: Path, target: Target, /) -> dict[str, Any]:
                 try:
                     calls += thing._loading(entry["content"])
                 except (TypeError, ValueError) as error:
-                    raise type(error)(f"{where}{error}") from None
+                    raise _named(error, where) from None
             carry_out(calls)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{path}: {error}") from None
+        raise _named(error, f"{path}: ") from None
     extra: dict[str, Any] = contents["extra"]
     return extra
 
 
 def _path(path: Path) -> str:
-    name = os.fspath(path)
+    name = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(name, str):
         raise TypeError(f"path: expected a str or a path-like object of one, got {path!r}")
     return name
+
+
+def _regular(path: str, *, exists: bool) -> str:
+    """`path`, unless there is something else than a file: renaming over a device would take its place."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        if exists:
+            raise
+        return path
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is no regular file", path)
+    return path
+
+
+def _named(error: TypeError | ValueError, where: str) -> TypeError | ValueError:
+    """The error with the name of what it is about. (Some kinds of ValueError take other arguments than a message.)"""
+    return (TypeError if isinstance(error, TypeError) else ValueError)(f"{where}{error}")
 
 
 def _objects(target: Target) -> dict[str, Optimizer | BatchNorm]:
@@ -216,60 +253,62 @@ def _kind(thing: Optimizer | BatchNorm) -> str:
 
 
 class _Writer:
-    """Turns values into trees, and collects their arrays in `tensors`, each under its path."""
+    """Turns values into trees, and collects their arrays in `tensors`, each under its path.
 
-    def __init__(self, tensors: Tensors) -> None:
+    What is `extra` must come back as it is, and has no functions.
+    """
+
+    def __init__(self, tensors: Tensors, *, extra: bool = False) -> None:
         self._tensors = tensors
+        self._extra = extra
         self._open: set[int] = set()
 
     def tree(self, value: Any, path: tuple[Any, ...]) -> Any:
-        if isinstance(value, np.generic):
+        if isinstance(value, (np.bool_, np.floating, np.str_)) or (isinstance(value, np.integer) and is_integer(value)):
             value = value.item()
-        if value is None or type(value) in (bool, int, str):
+        if type(value) is str:
+            return _text(value, self._label(path))
+        if type(value) is int and value.bit_length() > _MOST_BITS:
+            raise ValueError(f"{self._label(path)}: an integer of more than {_MOST_BITS} bits cannot be stored")
+        if value is None or type(value) in (bool, int):
             return value
         if type(value) is float:
             return value if math.isfinite(value) else {"float": repr(value)}
         if isinstance(value, np.ndarray):
             return {"array": self._array(value, path)}
-        if callable(value):
-            return self._function(value, path)
+        if callable(value) and not self._extra:
+            return _function(value, self, path)
         if id(value) in self._open:
-            raise ValueError(f"{_label(path)}: contains itself")
+            raise ValueError(f"{self._label(path)}: contains itself")
+        if len(path) > _MOST_LEVELS:
+            raise ValueError(f"{self._label(path[:2])}: is nested more than {_MOST_LEVELS} levels deep")
         self._open.add(id(value))
         try:
             if type(value) is list:
                 return [self.tree(item, (*path, k)) for k, item in enumerate(value)]
-            if isinstance(value, tuple):
+            if type(value) is tuple:
                 return {"tuple": [self.tree(item, (*path, k)) for k, item in enumerate(value)]}
-            if isinstance(value, Mapping):
+            if type(value) is dict:
                 return self._dict(value, path)
         finally:
             self._open.remove(id(value))
-        raise TypeError(f"{_label(path)}: {type(value).__name__} cannot be stored in a checkpoint")
+        raise TypeError(f"{self._label(path)}: {type(value).__name__} cannot be stored in a checkpoint")
 
-    def _dict(self, value: Mapping[Any, Any], path: tuple[Any, ...]) -> Any:
+    def _dict(self, value: dict[Any, Any], path: tuple[Any, ...]) -> Any:
+        for key in value:
+            _text(key if type(key) is str else "", self._label(path))
         if all(type(key) is str for key in value):
             return {"dict": {key: self.tree(item, (*path, key)) for key, item in value.items()}}
         for key in value:
             if not _is_key(key):
-                raise TypeError(f"{_label(path)}: the key {key!r} cannot be stored in a checkpoint")
+                raise TypeError(f"{self._label(path)}: the key {key!r} cannot be stored in a checkpoint")
         return {"items": [[self.tree(key, path), self.tree(item, (*path, key))] for key, item in value.items()]}
-
-    def _function(self, value: Any, path: tuple[Any, ...]) -> Any:
-        if path[0] == "extra":
-            raise TypeError(f"{_label(path)}: {type(value).__name__} cannot be stored in a checkpoint")
-        if not _is_plain_schedule(value):
-            return {"function": None}
-        return {
-            "schedule": type(value).__name__,
-            "fields": {field.name: self.tree(getattr(value, field.name), path) for field in fields(value)},
-        }
 
     def _array(self, value: npt.NDArray[Any], path: tuple[Any, ...]) -> list[Any]:
         if isinstance(value, np.ma.MaskedArray):
-            raise TypeError(f"{_label(path)}: a masked array cannot be stored in a checkpoint")
+            raise TypeError(f"{self._label(path)}: a masked array cannot be stored in a checkpoint")
         if _name(value.dtype) not in _CODES:
-            raise TypeError(f"{_label(path)}: dtype {value.dtype} cannot be stored in a checkpoint")
+            raise TypeError(f"{self._label(path)}: dtype {value.dtype} cannot be stored in a checkpoint")
         array = np.asarray(value, value.dtype.newbyteorder("="), order="C")
         name = ".".join(map(str, path))
         while name in self._tensors:  # {"a.b": ...} beside {"a": {"b": ...}}
@@ -277,12 +316,29 @@ class _Writer:
         self._tensors[name] = array
         return [name, _checksum(array)]
 
+    def _label(self, path: tuple[Any, ...]) -> str:
+        """``a['b'][0]`` for what the caller named `a`."""
+        if self._extra and len(path) > 1:
+            return str(path[1]) + "".join(f"[{key!r}]" for key in path[2:])
+        return ".".join(map(str, path))
 
-def _label(path: tuple[Any, ...]) -> str:
-    """``extra['a'][0]``."""
-    if path[0] == "extra" and len(path) > 1:
-        return str(path[1]) + "".join(f"[{key!r}]" for key in path[2:])
-    return ".".join(map(str, path))
+
+def _text(value: str, label: str) -> str:
+    """`value`, unless a part of it is half a character, which no file keeps."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{label}: the text {value!r} has surrogates, and cannot be stored in a checkpoint") from None
+    return value
+
+
+def _function(value: Any, writer: _Writer, path: tuple[Any, ...]) -> Any:
+    if not _is_plain_schedule(value):
+        return {"function": None}
+    return {
+        "schedule": type(value).__name__,
+        "fields": {field.name: writer.tree(getattr(value, field.name), path) for field in fields(value)},
+    }
 
 
 @functools.cache
@@ -313,18 +369,12 @@ def _checksum(array: npt.NDArray[Any]) -> str:
 
 
 class _Reader:
-    """Turns trees into values; arrays are those of the file. What no tree has named is `left`."""
+    """Turns trees into values. Arrays are those of the file, and are taken from `left`."""
 
-    def __init__(self, tensors: Tensors) -> None:
-        self.left = dict(tensors)
-        self._extra = False
-
-    @classmethod
-    def of_extra(cls, reader: _Reader) -> _Reader:
-        """One that goes on where `reader` is and reads what is the caller's: arrays are copied, functions unknown."""
-        other = cls({})
-        other.left, other._extra = reader.left, True
-        return other
+    def __init__(self, left: Tensors, *, extra: bool = False, copies: bool = False) -> None:
+        self.left = left
+        self._extra = extra
+        self._copies = copies
 
     def value(self, tree: Any) -> Any:
         if isinstance(tree, list):
@@ -374,7 +424,7 @@ class _Reader:
             raise ValueError(f"damaged: the tensor {_short(name)} is missing")
         if _checksum(array) != checksum:
             raise ValueError(f"damaged: the tensor {name!r} does not have its checksum")
-        return array.copy() if self._extra else array
+        return array.copy() if self._copies else array
 
 
 def _short(value: Any) -> str:
@@ -393,38 +443,51 @@ def _replace(path: str, tensors: Tensors, metadata: dict[str, str]) -> None:
         name: TensorSpec(dtype=_name(array.dtype), shape=array.shape, data_ptr=array.ctypes.data, data_len=array.nbytes)
         for name, array in tensors.items()
     }
-    path = os.path.realpath(path)  # a link stays one
     folder, name = os.path.split(path)
-    beside = os.path.join(folder, f".{name}.{secrets.token_hex(8)}.tmp")
+    beside = os.path.join(folder, f".{name[:50]}.{secrets.token_hex(8)}.tmp")
     try:
         with open(beside, "xb") as file:
-            mode = os.fstat(file.fileno()).st_mode  # as any new file's: the library makes its own for the user alone
+            # As the file has it, or any new one: the library's own are for the user alone.
+            mode = os.stat(path if os.path.exists(path) else file.fileno()).st_mode
         try:
             serialize_file(specs, beside, metadata)
         except SafetensorError as error:
             raise OSError(f"{path}: {error}") from None
         with open(beside, "rb+") as file:
-            os.chmod(beside, mode & 0o777)
-            os.fsync(file.fileno())
+            os.chmod(beside, stat.S_IMODE(mode))
+            _flush(file.fileno())
         try:
-            _read(beside)
+            _read(beside, copies=False)
         except ValueError as error:
-            raise RuntimeError(f"{path}: an array changed while it was saved, or the disk fails: {error}") from None
+            raise RuntimeError(f"{path}: an array changed while it was saved: {error}") from None
         os.replace(beside, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(beside)
         raise
-    if hasattr(os, "O_DIRECTORY"):  # the new name on the disk, too
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    if hasattr(os, "O_DIRECTORY"):  # the new name on the disk, too, where that can be asked for
+        with contextlib.suppress(PermissionError):
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                _flush(descriptor)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+            finally:
+                os.close(descriptor)
 
 
-def _read(path: str) -> dict[str, Any]:
-    """What a file holds, checked against all its checksums; its arrays lie in the file, but for those of `extra`."""
+def _flush(descriptor: int) -> None:
+    """To the disk itself: on macOS fsync leaves it to the disk when that is."""
+    os.fsync(descriptor)
+    if sys.platform == "darwin":
+        import fcntl
+
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+
+
+def _read(path: str, *, copies: bool = True) -> dict[str, Any]:
+    """What a file holds, checked against all its checksums. Its arrays lie in it; `copies`: except for extra ones."""
     tensors, metadata = _mapped(path)
     if metadata.get("format") != _FORMAT:
         raise ValueError("it is no checkpoint of onepass")
@@ -437,6 +500,7 @@ def _read(path: str) -> dict[str, Any]:
     if f"{zlib.crc32(text.encode()):08x}" != metadata["crc32"]:
         raise ValueError("damaged: its contents do not have their checksum")
     reader = _Reader(tensors)
+    extra_reader = _Reader(tensors, extra=True, copies=copies)
     try:
         contents = entries(_json(text), "its contents", ("targets", "several", "extra", "onepass"))
         targets = contents["targets"]
@@ -446,11 +510,11 @@ def _read(path: str) -> dict[str, Any]:
         for name, target in targets.items():
             entry = entries(target, "its contents", ("kind", "content"))
             read[name] = {"kind": entry["kind"], "content": reader.value(entry["content"])}
-        extra = _Reader.of_extra(reader).value(contents["extra"])
+        extra = extra_reader.value(contents["extra"])
     except RecursionError:
         raise ValueError("damaged: its contents are nested too deeply") from None
-    if reader.left:
-        raise ValueError(f"damaged: the tensor {_short(next(iter(reader.left)))} belongs to nothing")
+    if tensors:
+        raise ValueError(f"damaged: the tensor {_short(next(iter(tensors)))} belongs to nothing")
     if not isinstance(extra, dict):
         raise ValueError(f"damaged: its contents hold the extra {_short(extra)}")
     return {"targets": read, "several": flag(contents["several"], "damaged: several"), "extra": extra}

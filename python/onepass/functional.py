@@ -144,7 +144,10 @@ def _apply(
             raise TypeError(f"{name}: is not an argument of this function; options are {', '.join(_OPTIONS)}")
     single = not is_sequence(params)
     if params is None or isinstance(params, (Mapping, str)) or hasattr(params, "__next__"):
-        raise TypeError(f"params: expected an array or a list or tuple of arrays, got {type(params).__name__}")
+        raise TypeError(
+            f"params: expected a NumPy array or an object with __dlpack__, or a list or tuple of those, got "
+            f"{type(params).__name__}"
+        )
 
     def as_list(name: str, value: Any) -> Sequence[Any] | None:
         if value is None and name in _STREAMS:
@@ -180,7 +183,9 @@ def _apply(
     if any(not 1e-37 < values.get(name, 1.0) < 1e38 for name in ("eps", "eps_root")):  # else no dtype needs a look
         names_of = ["params"] if single else [f"params[{index}]" for index in range(len(listed))]
         dtypes = {
-            compute_dtype(_cpu.as_ndarray(param, name).dtype) for param, name in zip(listed, names_of, strict=True)
+            compute_dtype(_cpu.as_ndarray(param, name).dtype)
+            for param, name, grad in zip(listed, names_of, gradients, strict=False)
+            if grad is not None
         }
         hp.require_representable(values, dtypes)
     recipe = cls.surround(values, step)

@@ -25,7 +25,7 @@ from onepass.optim.options import (
     split_options,
     step_options,
 )
-from onepass.optim.states import NewStates, fill
+from onepass.optim.states import NewStates, fill, memory_order
 from onepass.optim.structure import parse_groups
 from onepass.state_dicts import (
     OWN_FUNCTION,
@@ -161,6 +161,9 @@ class Optimizer:
         states: list[dict[str, npt.NDArray[Any]]] = []
         fills: list[tuple[npt.NDArray[Any], Any]] = []
         keys = structure.paths()
+        if storage.state_alloc is not None and len(set(keys)) < len(keys):
+            twice = next(key for index, key in enumerate(keys) if key in keys[:index])
+            raise ValueError(f"state_alloc: two parameters have the name {twice!r}, and would share their states")
         self._hyper: list[Hyper] = []
         self._dtypes: list[set[np.dtype[Any]]] = []
         self._ndims: list[set[int]] = []
@@ -401,8 +404,7 @@ class Optimizer:
         if len(given) != len(self._hyper):
             raise ValueError(f"lr: {len(given)} given for {len(self._hyper)} groups")
         rates = [hp.checked({"lr": rate})["lr"] for rate in given]
-        for values, rate in zip(self._hyper, rates, strict=True):
-            values["lr"] = rate
+        carry_out([(values.update, ({"lr": rate},)) for values, rate in zip(self._hyper, rates, strict=True)])
 
     @classmethod
     def _check_changes(
@@ -524,29 +526,40 @@ class Optimizer:
         return self._updater
 
     def _saved(self) -> dict[str, Any]:
-        return {"params": self._structure.rebuild(self._arrays()), **self._snapshot()}
+        params = self._arrays()
+        orders = {index: order for index, array in enumerate(params) if (order := memory_order(array))}
+        return {"params": self._structure.rebuild(params), "memory_order": orders, **self._snapshot()}
 
     def _arrays(self) -> list[npt.NDArray[Any]]:
         names = self._structure.names("params", "['params']")
         return [_cpu.as_ndarray(array, name) for array, name in zip(self._flat, names, strict=True)]
 
     def _loading(self, saved: Mapping[str, Any]) -> list[Call]:
-        given = dict(entries(saved, "the checkpoint", ("params", *_ENTRIES)))
-        params = given.pop("params")
+        given = dict(entries(saved, "the checkpoint", ("params", "memory_order", *_ENTRIES)))
+        params, orders = given.pop("params"), given.pop("memory_order")
         flat = self._structure.flatten(params, "params")
         if not all(a is b for a, b in zip(flat, self._structure.leaves(params), strict=True)):
             raise ValueError("params: their names are in another order than this optimizer's")
         names = self._structure.names("params")
+        arrays = self._arrays()
         calls = [
             assignment(array, matching_array(value, array, name))
-            for array, value, name in zip(self._arrays(), flat, names, strict=True)
+            for array, value, name in zip(arrays, flat, names, strict=True)
         ]
+        for index, (array, name) in enumerate(zip(arrays, names, strict=True)):
+            order = orders.get(index, ()) if isinstance(orders, dict) else None
+            if order != memory_order(array):
+                raise ValueError(
+                    f"{name}: lies in another memory order than when it was saved, and norms and random numbers follow "
+                    f"that; its axes from the slowest to the fastest were {order or 'those of C order'!r}"
+                )
         if self._storage.mirror is not None:
             self._updater.show(tries=True)
             calls.append((self._updater.show, (False,)))
         groups = given["param_groups"]
-        for index, (group, values) in enumerate(zip(groups if isinstance(groups, list) else (), self._hyper)):  # noqa: B905
-            for name in [name for name, value in dict(group).items() if value is OWN_FUNCTION]:
+        groups = [group for group in groups if isinstance(group, dict)] if isinstance(groups, list) else []
+        for index, (group, values) in enumerate(zip(groups, self._hyper, strict=False)):
+            for name in [name for name, value in group.items() if value is OWN_FUNCTION]:
                 if not callable(values.get(name)):
                     raise ValueError(
                         f"param_groups[{index}][{name!r}]: was a function of the step count, which is in no file; make "

@@ -65,12 +65,22 @@ def fill(array: npt.NDArray[Any], value: Any) -> None:
     """Write `value` into all of `array`; zeros that are there already are left alone, and with them holes in a file."""
     if isinstance(value, float) and value == 0.0 and not _has_bits(array):
         return
-    array[...] = value
+    np.ndarray.__setitem__(array, ..., value)  # whatever a subclass makes of it
 
 
 def _has_bits(array: npt.NDArray[Any]) -> bool:
     """Whether any bit is set."""
-    order = sorted(range(array.ndim), key=lambda axis: -array.strides[axis])  # dense: C-contiguous in this order
-    flat = np.asarray(array).transpose(order).reshape(-1).view(np.uint8)
+    flat = np.asarray(array).transpose(_slowest_first(array)).reshape(-1).view(np.uint8)
     step = 1 << 24  # without a copy of all of it, and without reading on after the first hit
     return any(flat[start : start + step].any() for start in range(0, flat.size, step))
+
+
+def memory_order(array: npt.NDArray[Any]) -> tuple[int, ...]:
+    """The axes of a dense array from the slowest to the fastest, without those of length 1; none for C order."""
+    axes = tuple(axis for axis in _slowest_first(array) if array.shape[axis] > 1)
+    return () if array.size == 0 or axes == tuple(sorted(axes)) else axes
+
+
+def _slowest_first(array: npt.NDArray[Any]) -> list[int]:
+    """A dense array is C-contiguous in this order of its axes."""
+    return sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
