@@ -259,7 +259,7 @@ def unwritable_of(good):
         yield name, build(good), ValueError, text
 
 
-BYTE_BOUNDS = np.lib.array_utils.byte_bounds if hasattr(np.lib, "array_utils") else np.byte_bounds
+BYTE_BOUNDS = np.lib.array_utils.byte_bounds if hasattr(np.lib, "array_utils") else np.byte_bounds  # noqa: NPY201
 
 
 def test_the_defects_are_defects():
