@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onepass import _cpu
-from onepass.integers import is_integer
+from onepass.integers import integer
 from onepass.optim.hyper import flag, real
 from onepass.optim.optimizer import Array
 from onepass.state_dicts import Call, assignment, carry_out, count, entries, matching_array
@@ -650,21 +650,11 @@ def _named(**arrays: FloatArray | None) -> dict[str, FloatArray]:
 
 
 def _channel_count(value: Any) -> int:
-    if not is_integer(value):
-        raise TypeError(f"num_features: expected an integer >= 1, got {value!r}")
-    channels = int(value)
-    if not 1 <= channels <= 2**62:
-        raise ValueError(f"num_features: expected an integer >= 1, got {value!r}")
-    return channels
+    return integer(value, "num_features", 1, 2**62, "an integer >= 1")
 
 
 def _axis(value: Any) -> int:
-    if not is_integer(value):
-        raise TypeError(f"channel_axis: expected an integer, got {value!r}")
-    axis = int(value)
-    if abs(axis) > 64:  # NumPy's arrays have no more dimensions
-        raise ValueError(f"channel_axis: expected an axis of x, got {value!r}")
-    return axis
+    return integer(value, "channel_axis", -64, 64, "an integer, an axis of x")  # NumPy has no more dimensions
 
 
 def _eps(value: Any) -> float:
@@ -723,9 +713,5 @@ def set_cache_limit(count: int | None) -> None:
     count : int or None
         Bytes, >= 0; 0 keeps nothing. Arrays in use do not count. What is above the limit is freed at once.
     """
-    if count is not None and not is_integer(count):
-        raise TypeError(f"count: expected an integer from 0 to 2**62 or None, got {count!r}")
-    limit = 2**30 if count is None else int(count)
-    if not 0 <= limit <= 2**62:
-        raise ValueError(f"count: expected an integer from 0 to 2**62 or None, got {count!r}")
-    _cpu.set_cache_limit(limit)
+    need = "an integer from 0 to 2**62 or None"
+    _cpu.set_cache_limit(2**30 if count is None else integer(count, "count", 0, 2**62, need))

@@ -55,6 +55,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 from onepass import _cpu
 from onepass.batchnorm import BatchNormGradients, batch_norm, batch_norm_backward
+from onepass.integers import integer
 from onepass.optim import NAG, SGD, AdaGrad, Adam, AdaSqrt, Momentum, Nadam, Optimizer, RMSprop
 from onepass.optim import hyper as hp
 from onepass.optim.hyper import LearningRate
@@ -65,7 +66,6 @@ from onepass.optim.options import (
     Unpack,
     choice,
     compute_dtype,
-    integer,
     seed_number,
     step_options,
 )

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onepass import _cpu
-from onepass.integers import is_integer
+from onepass.integers import integer, is_integer
 
 Call: TypeAlias = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -66,9 +66,4 @@ def same_scalar(value: Any, own: str | int) -> bool:
 
 def count(value: Any, label: str) -> int:
     """`value` as an int, if it can be a number of steps."""
-    value = scalar(value)
-    if not is_integer(value):
-        raise TypeError(f"{label}: expected an integer from 0 to 2**62, got {value!r}")
-    if not 0 <= value <= 2**62:
-        raise ValueError(f"{label}: expected an integer from 0 to 2**62, got {value!r}")
-    return int(value)
+    return integer(scalar(value), label, 0, 2**62)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from onepass import _cpu
-from onepass.integers import is_integer
+from onepass.integers import integer
 
 _default = 0  # for _cpu: as many as there are CPUs to use
 
@@ -40,11 +40,8 @@ def set_num_threads(count: int | None) -> None:
     1
     >>> onepass.set_num_threads(None)
     """
-    if count is not None and not is_integer(count):
-        raise TypeError(f"count: expected an integer from 1 to 1024 or None, got {count!r}")
-    if count is not None and not 1 <= count <= 1024:
-        raise ValueError(f"count: expected an integer from 1 to 1024 or None, got {count!r}")
-    _cpu.set_num_threads(_default if count is None else int(count))
+    need = "an integer from 1 to 1024 or None"
+    _cpu.set_num_threads(_default if count is None else integer(count, "count", 1, 1024, need))
 
 
 def read_environment() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onepass import _cpu
+from onepass.integers import integer
 from onepass.optim import hyper as hp
 from onepass.optim.hyper import Hyper, LearningRate, ParamGroup
 from onepass.optim.options import (
@@ -20,7 +21,6 @@ from onepass.optim.options import (
     StepOptions,
     Unpack,
     compute_dtype,
-    integer,
     seed_number,
     split_options,
     step_options,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 import numpy as np
 
 from onepass import _cpu
-from onepass.integers import is_integer
+from onepass.integers import integer
 from onepass.optim import hyper as hp
 
 if TYPE_CHECKING:
@@ -73,23 +73,6 @@ class Storage:
     stochastic: bool = False
     split: bool = False
     state_alloc: StateAlloc | None = None
-
-
-def integer(value: Any, name: str, low: int, high: int) -> int:
-    """`value` as an int, if it is one from `low` to `high`."""
-    need = f"an integer from {low} to {_power(high)}"
-    if not is_integer(value):
-        raise TypeError(f"{name}: expected {need}, got {value!r}")
-    if not low <= value <= high:
-        raise ValueError(f"{name}: expected {need}, got {value!r}")
-    return int(value)
-
-
-def _power(value: int) -> str:
-    for shift in (0, 1):
-        if value > 2**20 and (value + shift).bit_count() == 1:
-            return f"2**{(value + shift).bit_length() - 1}" + (" - 1" if shift else "")
-    return str(value)
 
 
 def choice(value: Any, name: str, among: tuple[Any, ...]) -> Any:
