@@ -77,6 +77,13 @@ def expected(steps):
     assert before != result(params) or steps == 0
     return result(params)
 
+def tasks():
+    # The threads of this process. A sanitizer starts one of its own with the first that the program starts.
+    thread = threading.Thread(target=int)
+    thread.start()
+    thread.join()
+    return set(os.listdir("/proc/self/task"))
+
 def in_child(body):
     # The exit code of a forked child that runs `body`; a child that hangs is killed by its alarm.
     pid = os.fork()

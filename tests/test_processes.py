@@ -664,7 +664,7 @@ def test_workers_take_no_signals_that_are_meant_for_others():
     # A program that blocks a signal in its threads, to wait for it, would be killed by a thread that does not.
     code = """
 onepass.set_num_threads(4)
-before = set(os.listdir("/proc/self/task"))
+before = tasks()
 expected(2)
 workers = set(os.listdir("/proc/self/task")) - before
 assert len(workers) == 3, workers
@@ -905,7 +905,7 @@ def allowed(task):
 
 cpus = sorted(os.sched_getaffinity(0))
 quota = onepass.get_num_threads() if onepass.get_num_threads() < len(cpus) else len(cpus)
-before = set(os.listdir("/proc/self/task"))
+before = tasks()
 onepass.set_num_threads(4)
 goal = expected(2)
 workers = set(os.listdir("/proc/self/task")) - before
@@ -932,7 +932,7 @@ go([cpus[:1]])
 
 def child():
     global workers
-    before = set(os.listdir("/proc/self/task"))
+    before = tasks()
     os.sched_setaffinity(0, cpus)
     onepass.set_num_threads(4)
     assert expected(2) == goal
@@ -953,7 +953,7 @@ def test_each_stepping_thread_takes_the_workers_along_to_its_own_cpus():
     code = """
 first, second = sorted(os.sched_getaffinity(0))[:2]
 onepass.set_num_threads(3)
-before = set(os.listdir("/proc/self/task"))
+before = tasks()
 expected(1)
 workers = set(os.listdir("/proc/self/task")) - before
 
