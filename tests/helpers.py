@@ -235,6 +235,25 @@ class HandMade:
         return _new_capsule(ctypes.addressof(self._managed), self._name, None)
 
 
+class Exports:
+    """Its __dlpack__ returns or raises anything."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __dlpack__(self, **_options: Any) -> Any:
+        if isinstance(self.value, Exception):
+            raise self.value
+        return self.value
+
+
+class OnGpu:
+    """Says of itself that it lies on a GPU."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.__cuda_array_interface__ = {"shape": shape, "typestr": "<f4", "data": (1 << 46, False), "version": 3}
+
+
 # Comparisons
 
 

@@ -26,7 +26,9 @@ from helpers import (
     CASES,
     CLASSES,
     UPDATE_RULES,
+    Exports,
     HandMade,
+    OnGpu,
     Snapshot,
     arrays_of,
     assert_equal_optimizers,
@@ -94,23 +96,6 @@ def refused(what, call, error, labels, text, snapshot):
 def plain(given):
     """What Snapshot can read: a masked array shows its fill value in the place of its memory."""
     return np.asarray(given) if isinstance(given, np.ma.MaskedArray) else given
-
-
-class Exports:
-    """Its __dlpack__ returns or raises anything."""
-
-    def __init__(self, value):
-        self.value = value
-
-    def __dlpack__(self, **_options):
-        if isinstance(self.value, Exception):
-            raise self.value
-        return self.value
-
-
-class OnGpu:
-    def __init__(self, shape):
-        self.__cuda_array_interface__ = {"shape": shape, "typestr": "<f4", "data": (1 << 46, False), "version": 3}
 
 
 def by_dlpack(array, **fields):

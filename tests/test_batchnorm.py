@@ -32,6 +32,7 @@ from helpers import (
     numbers,
 )
 from onepass import _cpu, functional
+from processes import run_all
 
 DTYPES = [np.float32, np.float64]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -1373,27 +1374,6 @@ def test_capsules_are_let_go_of():
 # Threads
 
 LARGE = (64, 40, 28, 28)  # 8 MB: divided among threads, without the interpreter lock
-
-
-def run_all(*bodies):
-    """Run the bodies at once, each in its thread; raise what one of them raised."""
-    barrier, errors = threading.Barrier(len(bodies)), []
-
-    def run(body):
-        try:
-            barrier.wait()
-            body()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(body,), daemon=True) for body in bodies]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-        assert not thread.is_alive(), "hangs"
-    if errors:
-        raise errors[0]
 
 
 @pytest.mark.parametrize("shape", [(6, 40, 3), (16, 40, 28, 28)], ids=str)

@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 
 import onepass
-from helpers import BareProducer, HandMade, Producer, arrays_of, assert_same_bits, bits, copied, numbers
+from helpers import (
+    BareProducer,
+    Exports,
+    HandMade,
+    OnGpu,
+    Producer,
+    arrays_of,
+    assert_same_bits,
+    bits,
+    copied,
+    numbers,
+)
 from onepass import functional
 
 NAN, INF = math.nan, math.inf
@@ -132,23 +143,6 @@ def test_the_good_calls_do_something(entry):
 # One bad array among good ones
 
 
-class Exports:
-    """Its __dlpack__ returns anything."""
-
-    def __init__(self, value):
-        self.value = value
-
-    def __dlpack__(self, **_options):
-        if isinstance(self.value, Exception):
-            raise self.value
-        return self.value
-
-
-class OnGpu:
-    def __init__(self):
-        self.__cuda_array_interface__ = {"shape": SHAPE, "typestr": "<f4", "data": (1 << 46, False), "version": 3}
-
-
 UNSUPPORTED = [
     *("bool", "int8", "uint8", "int32", "int64", "uint64", "float16", "complex64", "complex128", "longdouble"),
     *("object", "datetime64[s]", "U4", "S4", ml_dtypes.bfloat16, np.dtype([("a", np.float32)])),
@@ -195,7 +189,7 @@ BAD_KINDS = {
     "dlpack-integer": (lambda good: HandMade(good, dtype=(0, 32, 1)), TypeError, "dtype (DLPack code 0, 32 bits) is"),
     "dlpack-lanes": (lambda good: HandMade(good, dtype=(2, 32, 4)), TypeError, "dtype (DLPack code 2, 32 bits) is"),
     "dlpack-cuda": (lambda good: HandMade(good, device=(2, 0)), TypeError, ON_CUDA),
-    "cuda-array-interface": (lambda good: OnGpu(), TypeError, ON_CUDA),
+    "cuda-array-interface": (lambda good: OnGpu(SHAPE), TypeError, ON_CUDA),
 }
 
 

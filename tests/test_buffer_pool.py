@@ -15,6 +15,7 @@ import pytest
 import onepass
 from helpers import assert_same_bits, numbers
 from onepass import _cpu, functional
+from processes import run_all
 
 SMALLEST = 128 << 10  # bytes
 MiB = 1 << 20
@@ -457,27 +458,6 @@ assert resident() < low, "not freed"
 
 
 # Threads
-
-
-def run_all(*bodies):
-    """Run the bodies at once, each in its thread; raise what one of them raised."""
-    barrier, errors = threading.Barrier(len(bodies)), []
-
-    def run(body):
-        try:
-            barrier.wait()
-            body()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(body,), daemon=True) for body in bodies]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-        assert not thread.is_alive(), "hangs"
-    if errors:
-        raise errors[0]
 
 
 def test_threads_that_take_and_give():
