@@ -26,8 +26,8 @@ class Structure:
         if self.kind == "sequence":
             if not is_sequence(given):
                 raise TypeError(f"{name}: expected a list or tuple, as the parameters are, got {type(given).__name__}")
-            if len(given) != self.size:
-                raise ValueError(f"{name}: {len(given)} given for {self.size} parameters")
+            if (count := len(given)) != self.size:  # asked once: another thread may change the list
+                raise ValueError(f"{name}: {count} given for {self.size} parameters")
             return given  # type: ignore[no-any-return]
         if self.kind == "array":
             if is_sequence(given) or isinstance(given, Mapping):
