@@ -5,6 +5,8 @@
 #include <cstring>
 #include <vector>
 
+#include "core/sums.h"
+
 namespace onepass {
 namespace {
 
@@ -15,9 +17,6 @@ std::optional<double> optional_number(py::handle value) {
   if (value.is_none()) return std::nullopt;
   return value.cast<double>();
 }
-
-// NaN stays NaN: all of the gradient is scaled by it.
-double clip_factor(double norm, double limit) { return norm <= limit ? 1.0 : limit / norm; }
 
 // A sum to which nothing was added. -0 is neutral for zeros of both signs.
 void start_at_zero(Tensor& tensor) {
@@ -30,13 +29,13 @@ void start_at_zero(Tensor& tensor) {
   tensor.sum_starts = false;
 }
 
-[[noreturn]] void raise_nonfinite(const std::string& name) {
+}  // namespace
+
+void raise_nonfinite(const std::string& name) {
   PyErr_SetString(PyExc_FloatingPointError,
                   (name + ": holds inf or NaN, and nonfinite='raise'; nothing was changed").c_str());
   throw py::error_already_set();
 }
-
-}  // namespace
 
 StepOptions StepOptions::read(py::handle given) {
   StepOptions options;
@@ -52,7 +51,7 @@ StepOptions StepOptions::read(py::handle given) {
 }
 
 void StepOptions::enter(Around& around) const {
-  around.scale = grad_scale;
+  around.scaling.scale = grad_scale;
   around.clip_value = clip_value;
   around.zero_grads = zero_grads;
 }
@@ -63,11 +62,9 @@ Outcome run_step(Batch& batch, const StepOptions& options, const Summation& summ
   Outcome outcome;
   if (options.needs_norm() && (summation.last || options.nonfinite != NonFinite::propagate)) {
     const std::span<const Squares> sums = batch.measure();
-    double total = 0.0;
-    for (const Squares& sum : sums) total += sum.sum;
-    const auto norm = [&](double sum) {
-      return summed ? std::sqrt(sum) / static_cast<double>(summation.calls) : options.grad_scale * std::sqrt(sum);
-    };
+    const double total = ordered_sum(sums.size(), [&](std::size_t k) { return sums[k].sum; });
+    const Scaling scaling{.scale = options.grad_scale, .accumulate = static_cast<double>(summation.calls)};
+    const auto norm = [&](double sum) { return norm_of(sum, scaling, summed); };
     if (summation.last) outcome.grad_norm = norm(total);
     const auto bad = std::ranges::find(sums, false, &Squares::finite);
     if (options.nonfinite != NonFinite::propagate && bad != sums.end()) {

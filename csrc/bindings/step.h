@@ -37,8 +37,10 @@ struct Outcome {
   bool skipped = false;
 };
 
-// Validated tensors: measures the gradients if that is asked for, judges and clips, then updates (or adds to the
-// accumulators). Throws FloatingPointError, before anything is written, for NonFinite::raise.
+[[noreturn]] void raise_nonfinite(const std::string& name);  // FloatingPointError
+
+// Validated tensors on the host: measures the gradients if that is asked for, judges and clips, then updates (or adds
+// to the accumulators). Throws FloatingPointError, before anything is written, for NonFinite::raise.
 Outcome run_step(Batch& batch, const StepOptions& options, const Summation& summation, const Naming& naming, Isa& isa);
 
 }  // namespace onepass

@@ -39,17 +39,22 @@ struct Streams {
   std::byte* data[kStreams];
 };
 
+// What a gradient is multiplied with.
+struct Scaling {
+  double scale = 1.0;
+  double sign = 1.0;        // -1: maximize
+  double accumulate = 1.0;  // gradients in the mean, where the stream of their sum is
+};
+
 // What surrounds every rule. A neutral value (scale 1, l1 0, l2 0, decay 1, noise 0) means that the term is left out.
 struct Around {
-  double scale = 1.0;
-  double sign = 1.0;  // -1: maximize
+  Scaling scaling;
   double l1 = 0.0;
   double l2 = 0.0;
   double decay = 1.0;
   double clip_value = std::numeric_limits<double>::infinity();
-  double noise = 0.0;       // standard deviation
-  double ema_decay = 0.0;   // the average is wanted where its stream is
-  double accumulate = 1.0;  // gradients in the mean, where the stream of their sum is
+  double noise = 0.0;      // standard deviation
+  double ema_decay = 0.0;  // the average is wanted where its stream is
   bool ema_starts = false;
   bool zero_grads = false;
 };

@@ -21,7 +21,10 @@ enum class Purpose : std::uint32_t { noise = 0, rounding = 1 };
 // uniform, and errors of different streams look independent. (A number for each stream takes 2.4 times the time of
 // rounding to nearest where everything is bfloat16, this 1.2.)
 enum Role : std::size_t { kParamRole, kScaledRole, kEmaRole, kFirstSlotRole };
-inline constexpr std::uint32_t kRoundingFactors[] = {0x0001, 0x1657, 0x27D5, 0x9E37, 0x85EB, 0xC2B3};
+HD constexpr std::uint32_t rounding_factor(std::size_t role) {
+  constexpr std::uint32_t factors[] = {0x0001, 0x1657, 0x27D5, 0x9E37, 0x85EB, 0xC2B3};
+  return factors[role];
+}
 
 struct RandomKey {
   std::uint64_t seed;
@@ -64,7 +67,7 @@ struct PhiloxKeys {
 
 template <class L>
 HD PhiloxOutput<L> philox(L c0, L c1, L c2, L c3, const PhiloxKeys& keys) {
-#pragma GCC unroll 10
+  ONEPASS_UNROLL
   for (const auto& round : keys.key) {
     const L a = multiply(c0, 0xD2511F53U);
     const L b = multiply(c2, 0xCD9E8D57U);

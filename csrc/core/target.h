@@ -8,3 +8,12 @@
 // the linker with one from another unit would run on machines that cannot execute it.
 #define HD inline __attribute__((always_inline))
 #endif
+
+// Before a loop whose body is to be written out as often as it runs.
+#if defined(__CUDACC__)
+#define ONEPASS_UNROLL _Pragma("unroll")
+#elif defined(__clang__)
+#define ONEPASS_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define ONEPASS_UNROLL _Pragma("GCC unroll 16")
+#endif

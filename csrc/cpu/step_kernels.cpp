@@ -94,9 +94,9 @@ Isa finish(const Part& part, const std::byte* factors) {
   using C = ComputeType<D>;
   using V = Wide<typename C::Storage>;
   const Streams streams = part.streams;
-  const Randomness random = part.random;
+  const MadeBefore random{part.random};
   const DType mirror = part.mirror;
-  const Surroundings<typename C::Storage> around(part);
+  const auto around = surroundings_of<typename C::Storage>(part);
   for_each_vector<V>(streams.data[kParam], kItem<D>, part.count,
                      [=](std::size_t i, auto lanes) __attribute__((always_inline)) {
                        V p = lanes.template load<C, V>(factors + i * kItem<C>) * load_param<D, V>(streams, i, lanes);

@@ -7,6 +7,7 @@
 
 #include "core/partition.h"
 #include "core/philox.h"
+#include "core/sums.h"
 #include "cpu/cache.h"
 #include "cpu/dispatch.h"
 #include "cpu/float_mode.h"
@@ -25,47 +26,7 @@ constexpr std::size_t kPartsPerThread = 4;
 
 constexpr std::size_t kLineOfItems = kCacheLine;  // an Extent's itemsize, where its items are larger than a cache line
 
-std::size_t itemsize(const Tensor& tensor, std::size_t stream) { return info(tensor.dtypes[stream]).itemsize; }
-DType compute_type(const Tensor& tensor) { return info(tensor.dtypes[kParam]).compute; }
 const DTypeKernels& kernels_for(DType dtype) { return active_kernels().step->dtypes[static_cast<std::size_t>(dtype)]; }
-
-bool reads(const Tensor& tensor, std::size_t stream) {
-  return stream != kMirror && (stream != kEma || !tensor.around->ema_starts);
-}
-bool writes(const Tensor& tensor, std::size_t stream) {
-  return stream != kAccumulator && (stream != kGrad || tensor.around->zero_grads);
-}
-
-bool has_noise(const Tensor& tensor) { return tensor.around->noise != 0.0; }
-// Whether something is stored in fewer bits than it is computed in, and rounded by chance.
-bool has_rounding(const Tensor& tensor) {
-  if (!tensor.stochastic) return false;
-  const auto is_narrow = [&](std::size_t stream) {
-    return tensor.streams.data[stream] != nullptr && itemsize(tensor, stream) < info(compute_type(tensor)).itemsize;
-  };
-  if (tensor.streams.data[kRemainder] == nullptr && is_narrow(kParam)) return true;
-  for (std::size_t k = 0; k < kMaxSlots; ++k) {
-    if (is_narrow(kFirstSlot + k)) return true;
-  }
-  return false;
-}
-bool is_random(const Tensor& tensor) { return has_noise(tensor) || has_rounding(tensor); }
-
-bool is_plain(const Tensor& tensor) {
-  const Around& around = *tensor.around;
-  for (const std::size_t stream : {kEma, kMirror, kRemainder, kAccumulator}) {
-    if (tensor.streams.data[stream] != nullptr) return false;
-  }
-  return std::isinf(around.clip_value) && !around.zero_grads && !is_random(tensor);
-}
-
-Streams from_element(const Tensor& tensor, const Streams& streams, std::size_t element) {
-  Streams moved = streams;
-  for (std::size_t stream = 0; stream < kStreams; ++stream) {
-    if (moved.data[stream] != nullptr) moved.data[stream] += element * itemsize(tensor, stream);
-  }
-  return moved;
-}
 
 Part part_of(const Tensor& tensor, const Streams& streams, std::size_t first, std::size_t count) {
   return {from_element(tensor, streams, first),
@@ -191,12 +152,11 @@ void add_row(const Tensor& tensor, std::size_t first, std::size_t units, double*
     return;
   }
   for (std::size_t u = 0; u < units; ++u) {
-    double total = 0.0;
-    for (std::size_t begin = 0; begin < run; begin += kSquaresBlock) {
+    const double total = ordered_sum((run + kSquaresBlock - 1) / kSquaresBlock, [&](std::size_t block) {
+      const std::size_t begin = block * kSquaresBlock;
       const std::size_t n = std::min(kSquaresBlock, run - begin);
-      const double sum = kernels.squares(values.read(first + u * run + begin, n), n).sum;
-      total = begin == 0 ? sum : total + sum;
-    }
+      return kernels.squares(values.read(first + u * run + begin, n), n).sum;
+    });
     sums[u] = sums[u] + total;
   }
 }
@@ -333,7 +293,8 @@ void add_gradient(const Tensor& tensor, std::size_t first, std::size_t count, bo
   const std::size_t size = info(compute_type(tensor)).itemsize;
   for_each_piece(tensor, kGrad, first, count, [&](const std::byte* values, std::size_t n, std::size_t begin) {
     std::byte* const sums = to + (begin - first) * size;
-    kernels_for(tensor.dtypes[kGrad]).accumulate(values, n, tensor.around->scale, starts ? nullptr : sums, sums);
+    kernels_for(tensor.dtypes[kGrad])
+        .accumulate(values, n, tensor.around->scaling.scale, starts ? nullptr : sums, sums);
   });
 }
 
@@ -431,16 +392,6 @@ std::size_t blocks_of(const Tensor& tensor) { return (tensor.count + kSquaresBlo
 
 }  // namespace
 
-std::size_t traffic(const Tensor& tensor) {
-  std::size_t bytes = 0;
-  for (std::size_t stream = 0; stream < kStreams; ++stream) {
-    if (tensor.streams.data[stream] == nullptr) continue;
-    bytes += (reads(tensor, stream) ? itemsize(tensor, stream) : 0) +
-             (writes(tensor, stream) ? itemsize(tensor, stream) : 0);
-  }
-  return bytes * tensor.count;
-}
-
 std::size_t serial_bytes() { return least_parallel_bytes.load(std::memory_order_relaxed); }
 void set_serial_bytes(std::size_t bytes) { least_parallel_bytes.store(bytes, std::memory_order_relaxed); }
 
@@ -499,11 +450,10 @@ void measure(std::span<const Tensor> tensors, std::size_t threads, std::span<Squ
         for (std::size_t b = first; b < first + count; ++b) results[offsets[t] + b] = measure_block(tensors[t], b);
       });
   for (std::size_t t = 0; t < tensors.size(); ++t) {
-    sums[t] = {0.0, true};
-    for (std::size_t b = 0; b < blocks_of(tensors[t]); ++b) {
-      const Squares& block = results[offsets[t] + b];
-      sums[t] = {b == 0 ? block.sum : sums[t].sum + block.sum, sums[t].finite && block.finite};
-    }
+    const Squares* const of_blocks = results + offsets[t];
+    const std::size_t count = blocks_of(tensors[t]);
+    sums[t] = {ordered_sum(count, [=](std::size_t b) { return of_blocks[b].sum; }),
+               std::all_of(of_blocks, of_blocks + count, [](const Squares& block) { return block.finite; })};
   }
 }
 

@@ -4,53 +4,11 @@
 
 #include <cstddef>
 #include <span>
-#include <vector>
 
-#include "core/dtype.h"
 #include "core/kernel.h"
-#include "core/layout.h"
+#include "core/tensor.h"
 
 namespace onepass {
-
-// How streams that lie in another order than the parameter are walked.
-struct Walk {
-  std::vector<Axis> axes[kStreams];
-  bool gather[kStreams] = {};
-};
-
-// A parameter as the weights of units, in the order of its memory: `outer` times `depth` rows of `units` runs of `run`
-// elements. A unit's weights are `depth` runs; their norm is held below `limit`.
-struct Units {
-  std::size_t outer = 1;
-  std::size_t depth = 1;
-  std::size_t units = 1;
-  std::size_t run = 1;
-  double limit = 0.0;
-};
-
-struct Tensor {
-  const Kernel* kernel = nullptr;
-  std::size_t storage = 0;  // in Storages
-  std::size_t count = 0;    // elements
-  Streams streams{};
-  DType dtypes[kStreams] = {};
-  const double* coefficients = nullptr;
-  const Around* around = nullptr;
-  double clip = 1.0;             // a factor of the gradient
-  const Walk* walk = nullptr;    // null: all streams in the parameter's order
-  const Units* units = nullptr;  // null: no limit
-  RandomKey key{};
-  bool stochastic = false;  // rounding of what is stored in fewer bits than it is computed in
-  bool sum_starts = false;  // nothing is in the accumulator yet
-
-  void set(std::size_t stream, const void* data, DType dtype) {
-    streams.data[stream] = static_cast<std::byte*>(const_cast<void*>(data));
-    dtypes[stream] = dtype;
-  }
-};
-
-// Bytes that a step over this tensor reads and writes.
-std::size_t traffic(const Tensor& tensor);
 
 // A step of fewer bytes runs on the calling thread. Adam on 2 CPUs: a single step after a pause, when workers sleep,
 // breaks even at 5 MB (4 MB: 77 us alone, 84 in two); steps back to back at 1 MB (4 MB: 31 us and 23).

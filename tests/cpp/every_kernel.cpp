@@ -149,13 +149,13 @@ std::vector<Wishes> all_wishes(const StorageInfo& row) {
 Around around_of(const Wishes& wishes) {
   Around around;
   if (wishes.terms) {
-    around.scale = 0.5;
-    around.sign = -1.0;
+    around.scaling.scale = 0.5;
+    around.scaling.sign = -1.0;
     around.l1 = 0.125;
     around.l2 = 0.25;
     around.decay = 0.75;
     around.clip_value = 0.5;
-    around.accumulate = 3.0;
+    around.scaling.accumulate = 3.0;
   }
   around.noise = wishes.noise ? 0.5 : 0.0;
   around.ema_decay = 0.75;

@@ -109,9 +109,7 @@ def step(
     skipped = bool(lost) and nonfinite == "skip"
 
     sums = [None if x is None else float(sum_of_squares(x)) for x in read]
-    total = 0.0
-    for term in sums:
-        total = total if term is None else total + term
+    total = float(in_order(np.array([term for term in sums if term is not None])))
 
     def norm(squares):
         return math.sqrt(squares) / accumulate if accumulate > 1 else abs(grad_scale) * math.sqrt(squares)
@@ -180,19 +178,25 @@ def sum_of_squares(x):
     for k in range(steps):
         term = Flushed(padded[..., k, :], np.float64)
         lanes = lanes + term * term
-    a = lanes.value
+    return in_order(tree(lanes.value))
+
+
+def tree(a):
+    """The sum over the last axis, whose length is a power of two: the upper half onto the lower one, and so on."""
     while a.shape[-1] > 1:
         half = a.shape[-1] // 2
         a = (Flushed(a[..., :half], np.float64) + Flushed(a[..., half:], np.float64)).value
-    return in_order(a[..., 0])
+    return a[..., 0]
 
 
 def in_order(values):
-    """The sum over the last axis, one term after the other."""
-    total = Flushed(values[..., 0], np.float64)
-    for k in range(1, values.shape[-1]):
-        total = total + Flushed(values[..., k], np.float64)
-    return total.value
+    """The sum over the last axis: term i to lane i % 32, then the lanes as a tree."""
+    lanes = Flushed(np.zeros((*values.shape[:-1], 32)), np.float64)
+    for first in range(0, values.shape[-1], 32):
+        part = values[..., first : first + 32]
+        some = Flushed(lanes.value[..., : part.shape[-1]], np.float64) + Flushed(part, np.float64)
+        lanes.value[..., : part.shape[-1]] = some.value
+    return tree(lanes.value)
 
 
 def clipping(norm, limit):
