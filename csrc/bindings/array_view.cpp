@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <limits>
 #include <optional>
 
+#include "bindings/device.h"
 #include "bindings/dlpack.h"
 #include "core/layout.h"
 
@@ -16,8 +18,6 @@ using Kind = ArgumentError::Kind;
 // pybind11 has no names for these.
 constexpr int kNumpyHalf = 23;        // NPY_HALF
 constexpr int kNumpyUserTypes = 256;  // NPY_USERDEF
-
-constexpr const char* kOnCuda = "is on a CUDA device, and this build of onepass has no CUDA kernels; pass host arrays";
 
 PyTypeObject* ndarray_type() {
   static PyTypeObject* const type = py::detail::npy_api::get().PyArray_Type_;
@@ -107,17 +107,18 @@ DType numpy_dtype_of(py::handle given, Holds holds) {
   return *dtype;
 }
 
+void require_native(py::handle dtype, DType known) {
+  constexpr char foreign = std::endian::native == std::endian::little ? '>' : '<';
+  if (py::detail::array_descriptor_proxy(dtype.ptr())->byteorder != foreign) return;
+  throw ArgumentError(Kind::type, "dtype " + std::string(py::str(dtype.attr("str"))) +
+                                      " has foreign byte order; convert it with .astype(" + info(known).name + ")");
+}
+
 ArrayView view_numpy(py::handle object, Holds holds) {
   const auto* array = py::detail::array_proxy(object.ptr());
-  const auto* descr = py::detail::array_descriptor_proxy(array->descr);
   ArrayView view;
   view.dtype = numpy_dtype_of(array->descr, holds);
-  constexpr char foreign = std::endian::native == std::endian::little ? '>' : '<';
-  if (descr->byteorder == foreign) {
-    throw ArgumentError(Kind::type, "dtype " + std::string(py::str(py::handle(array->descr).attr("str"))) +
-                                        " has foreign byte order; convert it with .astype(" + info(view.dtype).name +
-                                        ")");
-  }
+  require_native(array->descr, view.dtype);
   static_assert(sizeof(py::ssize_t) == sizeof(std::ptrdiff_t));
   const auto ndim = static_cast<std::size_t>(array->nd);
   view.data = reinterpret_cast<std::byte*>(array->data);
@@ -127,20 +128,31 @@ ArrayView view_numpy(py::handle object, Holds holds) {
   return view;
 }
 
+// DLPack's numbers of streams: a pointer, or 1 for the default one.
+py::dict stream_argument(int device) {
+  py::dict arguments;
+  if (device == kHost) return arguments;
+  const auto stream = reinterpret_cast<std::uintptr_t>(current_place(device).stream);
+  arguments["stream"] = stream == 0 ? 1 : stream;
+  return arguments;
+}
+
 // The capsule of `object.__dlpack__()`, versioned where the producer knows versions.
-py::object export_dlpack(py::handle object) {
+py::object export_dlpack(py::handle object, int device) {
   const py::object method = object.attr("__dlpack__");
+  const py::dict arguments = stream_argument(device);
   try {
-    return method(py::arg("max_version") = py::make_tuple(1, 0));
+    return method(py::arg("max_version") = py::make_tuple(1, 0), **arguments);
   } catch (const py::error_already_set& error) {
     if (!error.matches(PyExc_TypeError)) throw;
   }
-  return method();
+  return method(**arguments);
 }
 
-std::int32_t device_type(py::handle object) {
+dlpack::Device exported_device(py::handle object) {
   try {
-    return object.attr("__dlpack_device__")().cast<py::tuple>()[0].cast<std::int32_t>();
+    const auto device = object.attr("__dlpack_device__")().cast<py::tuple>();
+    return {device[0].cast<std::int32_t>(), device[1].cast<std::int32_t>()};
   } catch (const py::error_already_set& error) {
     rethrow(error, type_name(object) + ".__dlpack_device__()");
   } catch (const py::cast_error&) {
@@ -148,12 +160,15 @@ std::int32_t device_type(py::handle object) {
   }
 }
 
-void require_host(std::int32_t device) {
-  if (device == dlpack::kCpu || device == dlpack::kCudaHost) return;
-  throw ArgumentError(
-      Kind::type, device == dlpack::kCuda || device == dlpack::kCudaManaged
-                      ? kOnCuda
-                      : "is on a device (DLPack type " + std::to_string(device) + ") that onepass does not support");
+// The number of a device, or kHost.
+int device_of(const dlpack::Device& device) {
+  if (device.type == dlpack::kCpu || device.type == dlpack::kCudaHost) return kHost;
+  if (device.type != dlpack::kCuda && device.type != dlpack::kCudaManaged) {
+    throw ArgumentError(
+        Kind::type, "is on a device (DLPack type " + std::to_string(device.type) + ") that onepass does not support");
+  }
+  require_cuda();
+  return device.id;
 }
 
 // torch exports the memory of a lazily negated or conjugated tensor as it is: its numbers have another sign.
@@ -188,11 +203,11 @@ std::optional<DType> dlpack_dtype(const dlpack::DataType& type, Holds holds) {
 
 ArrayView view_dlpack(py::handle object, Keeper& keeper, Holds holds) {
   // Asked first: an export from a device would synchronize it.
-  if (py::hasattr(object, "__dlpack_device__")) require_host(device_type(object));
+  const int device = py::hasattr(object, "__dlpack_device__") ? device_of(exported_device(object)) : kHost;
   require_plain_memory(object);
   py::object capsule;
   try {
-    capsule = export_dlpack(object);
+    capsule = export_dlpack(object, device);
   } catch (const py::error_already_set& error) {
     rethrow(error, type_name(object) + ".__dlpack__()");
   }
@@ -213,7 +228,7 @@ ArrayView view_dlpack(py::handle object, Keeper& keeper, Holds holds) {
   } else {
     throw ArgumentError(Kind::type, type_name(object) + ".__dlpack__() returned no DLPack capsule");
   }
-  require_host(tensor->device.type);
+  view.device = device_of(tensor->device);
   if (tensor->ndim < 0) throw ArgumentError(Kind::value, "exports a DLPack tensor of negative dimensions");
   const dlpack::DataType type = tensor->dtype;
   if (const auto dtype = dlpack_dtype(type, holds)) {
@@ -239,6 +254,110 @@ ArrayView view_dlpack(py::handle object, Keeper& keeper, Holds holds) {
   view.data = static_cast<std::byte*>(tensor->data);
   if (view.data != nullptr) view.data += tensor->byte_offset;
   keeper.hold(std::move(capsule));  // never renamed: its own destructor calls the deleter
+  return view;
+}
+
+// Whoever says so of memory that is not there would have the device stop at the first access, and all that it holds
+// lost.
+void require_memory_on(const ArrayView& view) {
+  if (view.device == kHost || view.count == 0) return;
+  std::string what;
+  try {
+    const int device = backend().device_of(view.data);
+    if (device == view.device) return;
+    what = "its memory is that of " + device_text(device);
+  } catch (const std::runtime_error& error) {
+    what = error.what();
+  }
+  throw ArgumentError(Kind::type, "is on a CUDA device, " + device_text(view.device) + ", it says: " + what);
+}
+
+// --- Arrays of CuPy, and of those who know the CUDA array interface alone --------------------------------------------
+
+// Attribute names that every step asks for.
+struct CupyNames {
+  py::str data{"data"}, ptr{"ptr"}, device_id{"device_id"}, shape{"shape"}, strides{"strides"}, dtype{"dtype"};
+};
+
+std::size_t integer(const py::object& value) {
+  const std::size_t number = PyLong_AsSize_t(value.ptr());
+  if (number == std::numeric_limits<std::size_t>::max() && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return number;
+}
+
+void append_numbers(std::vector<std::ptrdiff_t>& numbers, const py::object& tuple) {
+  for (const py::handle number : py::tuple(tuple)) numbers.push_back(number.cast<std::ptrdiff_t>());
+}
+
+void set_shape(ArrayView& view, const std::vector<std::ptrdiff_t>& numbers) {
+  const std::size_t ndim = numbers.size() / 2;
+  view.shape = {numbers.data(), ndim};
+  view.strides = {numbers.data() + ndim, ndim};
+}
+
+ArrayView view_cupy(py::handle object, Keeper& keeper, Holds holds) {
+  require_cuda();
+  static const auto* const names = new CupyNames;  // for the life of the process: freed in no order with Python
+  ArrayView view;
+  view.dtype = numpy_dtype_of(object.attr(names->dtype), holds);
+  const py::object memory = object.attr(names->data);
+  view.data = reinterpret_cast<std::byte*>(integer(memory.attr(names->ptr)));
+  view.device = memory.attr(names->device_id).cast<int>();
+  view.writable = true;
+  std::vector<std::ptrdiff_t>& numbers = keeper.numbers();
+  append_numbers(numbers, object.attr(names->shape));
+  append_numbers(numbers, object.attr(names->strides));
+  set_shape(view, numbers);
+  return view;
+}
+
+ArrayView view_cuda_interface(py::handle object, Keeper& keeper, Holds holds) {
+  require_cuda();
+  const std::string what = type_name(object) + ".__cuda_array_interface__";
+  ArrayView view;
+  try {
+    const auto given = object.attr("__cuda_array_interface__").cast<py::dict>();
+    const py::object dtype = py::module_::import("numpy").attr("dtype")(given["typestr"]);
+    view.dtype = numpy_dtype_of(dtype, holds);
+    require_native(dtype, view.dtype);
+    if (given.contains("mask") && !given["mask"].is_none()) {
+      throw ArgumentError(Kind::type, "has a mask, which would be ignored");
+    }
+    const auto data = given["data"].cast<std::pair<std::uintptr_t, bool>>();
+    view.data = reinterpret_cast<std::byte*>(data.first);
+    view.writable = !data.second;
+    std::vector<std::ptrdiff_t>& numbers = keeper.numbers();
+    append_numbers(numbers, given["shape"]);
+    const std::size_t ndim = numbers.size();
+    if (given.contains("strides") && !given["strides"].is_none()) {
+      append_numbers(numbers, given["strides"]);
+    } else {
+      numbers.resize(2 * ndim);
+      auto stride = static_cast<std::ptrdiff_t>(view.itemsize());
+      for (std::size_t a = ndim; a-- > 0; stride *= numbers[a]) numbers[ndim + a] = stride;
+    }
+    if (numbers.size() != 2 * ndim) throw ArgumentError(Kind::value, what + " has a stride too many or too few");
+    set_shape(view, numbers);
+    view.device = current_device();
+    if (view.data != nullptr) {
+      try {
+        view.device = backend().device_of(view.data);
+      } catch (const std::runtime_error& error) {
+        throw ArgumentError(Kind::type, std::string("is on a CUDA device, it says: ") + error.what());
+      }
+    }
+    if (given.contains("stream") && !given["stream"].is_none()) {
+      backend().follow(current_place(view.device), reinterpret_cast<void*>(given["stream"].cast<std::uintptr_t>()));
+    }
+  } catch (const py::error_already_set& error) {
+    rethrow(error, what);
+  } catch (const py::cast_error&) {
+    throw ArgumentError(Kind::type, what + " is not as version 3 of the interface has it");
+  } catch (const std::runtime_error& error) {
+    if (dynamic_cast<const ArgumentError*>(&error) != nullptr) throw;
+    throw ArgumentError(Kind::value, error.what());
+  }
+  keeper.hold(py::reinterpret_borrow<py::object>(object));
   return view;
 }
 
@@ -283,17 +402,30 @@ ArrayView view_numpy_array(py::handle object, Holds holds) {
   return view;
 }
 
+bool is_cupy_array(py::handle object) {
+  const py::handle type = cupy_array_type();
+  return type && PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(type.ptr())) != 0;
+}
+
+std::string device_text(int device) { return device == kHost ? "the host" : "device " + std::to_string(device); }
+
 ArrayView view_array(py::handle object, Keeper& keeper, Holds holds) {
   if (is_numpy_array(object)) return view_numpy_array(object, holds);
-  if (py::hasattr(object, "__cuda_array_interface__")) {
-    throw ArgumentError(Kind::type, kOnCuda);
-  }
-  if (PyType_Check(object.ptr()) != 0 || !py::hasattr(object, "__dlpack__")) {
+  const bool is_type = PyType_Check(object.ptr()) != 0;
+  ArrayView view;
+  if (is_cupy_array(object)) {
+    view = view_cupy(object, keeper, holds);
+  } else if (!is_type && py::hasattr(object, "__dlpack__")) {
+    view = view_dlpack(object, keeper, holds);
+    count_elements(view);
+    require_memory_on(view);
+  } else if (!is_type && py::hasattr(object, "__cuda_array_interface__")) {
+    view = view_cuda_interface(object, keeper, holds);
+  } else {
     const bool scalar = py::isinstance(object, py::module_::import("numpy").attr("generic"));
     throw ArgumentError(Kind::type, "expected a NumPy array or an object with __dlpack__, got " + type_name(object) +
                                         (scalar ? ", which is a NumPy scalar and no array" : ""));
   }
-  ArrayView view = view_dlpack(object, keeper, holds);
   count_elements(view);
   return view;
 }

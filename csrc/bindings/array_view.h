@@ -30,8 +30,11 @@ class ArgumentError : public std::runtime_error {
   Kind kind_;
 };
 
+inline constexpr int kHost = -1;  // in the place of a device's number
+
 struct ArrayView {
   std::byte* data = nullptr;
+  int device = kHost;
   DType dtype = DType::float32;
   std::size_t count = 0;
   bool writable = false;
@@ -72,7 +75,14 @@ bool is_numpy_array(py::handle object);
 // (uint16).
 enum class Holds : std::uint8_t { numbers, computed, remainders };
 
-// Throws ArgumentError for anything but a host array of a supported dtype.
+// CuPy's arrays do not move: what was read from one holds as long as the object lives, but for its shape.
+bool is_cupy_array(py::handle object);
+
+// "the host" or "device 1".
+std::string device_text(int device);
+
+// Throws ArgumentError for anything but an array of a supported dtype, on the host or on a CUDA device. One that is not
+// CuPy's is made to wait for by CuPy's current stream.
 ArrayView view_array(py::handle object, Keeper& keeper, Holds holds = Holds::numbers);
 ArrayView view_numpy_array(py::handle object, Holds holds = Holds::numbers);  // of what is known to be a NumPy array
 

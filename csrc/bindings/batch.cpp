@@ -41,7 +41,7 @@ void require_finite(const Kernel& kernel, Setting& setting, DType compute) {
   for (std::size_t k = 0; k < kernel.coefficients.count; ++k) {
     require(kernel.coefficients.data[k], setting.coefficients[k]);
   }
-  require("grad_scale", setting.around.scale);
+  require("grad_scale", setting.around.scaling.scale);
   require("l1", setting.around.l1);
   require("l2", setting.around.l2);
   require("decay", setting.around.decay);
@@ -54,6 +54,12 @@ void require_shape(const ArrayView& view, const ArrayView& param) {
     throw ArgumentError(
         Kind::value, "shape " + shape_text(view.shape) + " does not match its parameter's " + shape_text(param.shape));
   }
+}
+
+void require_device(const ArrayView& view, const ArrayView& param) {
+  if (view.device == param.device) return;
+  throw ArgumentError(Kind::value,
+                      "is on " + device_text(view.device) + ", and its parameter on " + device_text(param.device));
 }
 
 void require_dtype(const ArrayView& view, DType dtype, const char* why) {
@@ -131,6 +137,7 @@ Holds holds(std::size_t stream) { return stream == kRemainder ? Holds::remainder
 void Batch::clear() {
   entries_.clear();
   tensors_.clear();
+  devices_.clear();
   foreign_.clear();
   walks_.clear();
   units_.clear();
@@ -156,11 +163,27 @@ void Batch::validate(const Naming& naming) {
   require_disjoint(naming);
 }
 
+void Batch::renew(std::span<Setting* const> settings, const Naming& naming) {
+  for (std::size_t k = 0; k < tensors_.size(); ++k) {
+    Tensor& tensor = tensors_[k];
+    Setting& setting = *settings[k];
+    named(naming, entries_[k].index, kParam,
+          [&] { require_finite(*tensor.kernel, setting, info(tensor.dtypes[kParam]).compute); });
+    tensor.coefficients = setting.coefficients;
+    tensor.around = &setting.around;
+    tensor.key.seed = seed;
+    tensor.key.t = setting.t;
+  }
+}
+
 void Batch::export_foreign(const Naming& naming) {
+  is_fixed_ = true;
   for (const Entry& entry : entries_) {
     for (std::size_t stream = 0; stream < kStreams; ++stream) {
       const py::handle object = entry.arrays.stream[stream];
-      if (!object || is_numpy_array(object) || foreign_.contains(object.ptr())) continue;
+      if (!object) continue;
+      is_fixed_ = is_fixed_ && is_cupy_array(object);
+      if (is_numpy_array(object) || foreign_.contains(object.ptr())) continue;
       if (entry.kernel == nullptr && object.is_none()) continue;
       named(naming, entry.index, stream,
             [&] { foreign_.emplace(object.ptr(), view_array(object, keeper_, holds(stream))); });
@@ -187,6 +210,12 @@ void Batch::read(const Entry& entry, const Naming& naming) {
   const ArrayView p = named(naming, index, kParam, [&] {
     const ArrayView view = this->view(entry.arrays.stream[kParam], kParam);
     require_updatable(view);
+    if (!devices_.empty() && (devices_.front() == kHost) != (view.device == kHost)) {
+      throw ArgumentError(Kind::value, "is on " + device_text(view.device) + ", and " +
+                                           naming.name(entries_.front().index, kParam) + " on " +
+                                           device_text(devices_.front()) +
+                                           "; parameters of one optimizer are all on the host or all on CUDA devices");
+    }
     return view;
   });
   const auto position = static_cast<std::uint32_t>(tensors_.size());
@@ -211,6 +240,7 @@ void Batch::read(const Entry& entry, const Naming& naming) {
     named(naming, index, kFirstSlot + k, [&] {
       const ArrayView slot = view(entry.arrays.stream[kFirstSlot + k], kFirstSlot + k);
       require_updatable(slot);
+      require_device(slot, p);
       require_shape(slot, p);
       if (!storage_of(p.dtype, std::nullopt, slot.dtype)) {
         throw ArgumentError(Kind::type, std::string("dtype ") + info(slot.dtype).name +
@@ -227,6 +257,7 @@ void Batch::read(const Entry& entry, const Naming& naming) {
     named(naming, index, stream, [&] {
       const ArrayView array = view(entry.arrays.stream[stream], stream);
       require_updatable(array);
+      require_device(array, p);
       require_shape(array, p);
       judge(array);
       enter(array, stream, true);
@@ -254,6 +285,7 @@ void Batch::read(const Entry& entry, const Naming& naming) {
   if (entry.arrays.stream[kGrad]) {
     named(naming, index, kGrad, [&] {
       const ArrayView g = view(entry.arrays.stream[kGrad], kGrad);
+      require_device(g, p);
       require_shape(g, p);
       grad = g.dtype;
       if (!storage_of(p.dtype, grad, state)) {
@@ -285,6 +317,7 @@ void Batch::read(const Entry& entry, const Naming& naming) {
   tensor.stochastic = stochastic;
   tensor.walk = walk;
   tensors_.push_back(tensor);
+  devices_.push_back(p.device);
 }
 
 const Batch::Interval* Batch::first_written_in(const MemoryRange& range) const {

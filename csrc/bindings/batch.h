@@ -58,10 +58,18 @@ class Batch {
   // memory with another one. Throws before anything is written.
   void validate(const Naming& naming);
 
+  // New settings for the tensors of a batch that was validated before, if it is_fixed(). As add() and validate() would.
+  void renew(std::span<Setting* const> settings, const Naming& naming);
+  // Whether all arrays are CuPy's: those do not move.
+  bool is_fixed() const { return is_fixed_; }
+
   std::vector<Tensor>& tensors() { return tensors_; }  // as validated, in the order in which they were added
+  // Where each tensor lies: on the host all of them, or on CUDA devices all of them.
+  std::span<const int> devices() const { return devices_; }
+  bool on_host() const { return devices_.empty() || devices_.front() == kHost; }
   std::size_t index(std::size_t tensor) const { return entries_[tensor].index; }
 
-  // The passes over the tensors (update.h). They release the interpreter lock while they run.
+  // The passes over tensors on the host (update.h). They release the interpreter lock while they run.
   Isa run() const;
   std::span<const Squares> measure();
   void accumulate() const;
@@ -98,6 +106,8 @@ class Batch {
 
   std::vector<Entry> entries_;
   std::vector<Tensor> tensors_;  // of the entries, in their order
+  std::vector<int> devices_;     // of the tensors
+  bool is_fixed_ = false;
   std::unordered_map<PyObject*, ArrayView> foreign_;
   std::deque<Walk> walks_;
   std::deque<Units> units_;

@@ -2,14 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <deque>
-#include <map>
-#include <memory>
-#include <mutex>
-#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -17,8 +10,13 @@
 
 #include "bindings/batch.h"
 #include "bindings/batchnorm.h"
+#include "bindings/device.h"
+#include "bindings/device_counts.h"
+#include "bindings/device_step.h"
+#include "bindings/recipe.h"
 #include "bindings/step.h"
 #include "bindings/turn.h"
+#include "bindings/updater.h"
 #include "core/partition.h"
 #include "cpu/cache.h"
 #include "cpu/dispatch.h"
@@ -26,14 +24,6 @@
 
 namespace onepass {
 namespace {
-
-std::vector<std::string> text(const Names& names) { return {names.data, names.data + names.count}; }
-
-const Kernel& kernel_named(const std::string& rule) {
-  const Kernel* kernel = find_kernel(active_kernels(), rule);
-  if (kernel == nullptr) throw py::value_error("rule: '" + rule + "' is not in the registry");
-  return *kernel;
-}
 
 py::list registry() {
   const KernelTable& table = active_kernels();
@@ -49,391 +39,6 @@ py::list registry() {
   }
   return rules;
 }
-
-double number(py::handle value, const char* what) {
-  const double result = PyFloat_AsDouble(value.ptr());
-  if (result == -1.0 && PyErr_Occurred() != nullptr) {
-    const py::error_already_set error;
-    if (!error.matches(PyExc_TypeError)) throw error;
-    throw py::type_error(std::string(what) + ": expected a number, got " +
-                         std::string(py::str(py::type::handle_of(value).attr("__name__"))));
-  }
-  return result;
-}
-
-// A rule's kernel with the names of its coefficients as Python strings: looking a dict up by one builds nothing.
-struct BoundKernel {
-  explicit BoundKernel(const Kernel& k) : kernel(&k) {
-    for (const std::string& name : text(k.coefficients)) {
-      keys.push_back(py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name.c_str())));
-    }
-  }
-  const Kernel* kernel;
-  std::vector<py::object> keys;
-};
-
-// `recipe`: (coefficients, sign, l1, l2, decay, ema_decay, noise, max_unit_norm) for the t-th step, as
-// Optimizer.surround() gives it. `coefficients` is a dict of the rule's coefficients by name, all of them and no other.
-Setting read_setting(const BoundKernel& bound, py::handle recipe, std::int64_t t) {
-  const Kernel& kernel = *bound.kernel;
-  constexpr py::ssize_t fields = 8;
-  if (PyTuple_Check(recipe.ptr()) == 0 || PyTuple_GET_SIZE(recipe.ptr()) != fields) {
-    throw py::type_error("recipe: expected (coefficients, sign, l1, l2, decay, ema_decay, noise, max_unit_norm)");
-  }
-  const auto item = [&](py::ssize_t k) { return py::handle(PyTuple_GET_ITEM(recipe.ptr(), k)); };
-  const py::handle coefficients = item(0);
-  Setting setting{};
-  if (PyDict_Check(coefficients.ptr()) == 0) throw py::type_error("coefficients: expected a dict");
-  for (std::size_t k = 0; k < kernel.coefficients.count; ++k) {
-#if PY_VERSION_HEX >= 0x030D0000
-    PyObject* found = nullptr;
-    PyDict_GetItemRef(coefficients.ptr(), bound.keys[k].ptr(), &found);
-    const auto value = py::reinterpret_steal<py::object>(found);
-#else
-    const auto value =
-        py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(coefficients.ptr(), bound.keys[k].ptr()));
-#endif
-    if (!value) {
-      if (PyErr_Occurred() != nullptr) throw py::error_already_set();
-      throw py::key_error(std::string(kernel.rule) + " needs the coefficient '" + kernel.coefficients.data[k] + "'");
-    }
-    setting.coefficients[k] = number(value, kernel.coefficients.data[k]);
-  }
-  if (!std::cmp_equal(PyDict_Size(coefficients.ptr()), kernel.coefficients.count)) {
-    throw py::key_error(std::string(kernel.rule) + " takes the coefficients " +
-                        std::string(py::str(py::cast(text(kernel.coefficients)))) + " and no other");
-  }
-  Around& around = setting.around;
-  around.sign = number(item(1), "sign");
-  around.l1 = number(item(2), "l1");
-  around.l2 = number(item(3), "l2");
-  around.decay = number(item(4), "decay");
-  if (!item(5).is_none()) around.ema_decay = number(item(5), "ema_decay");
-  around.noise = number(item(6), "noise");
-  around.ema_starts = t == 1;
-  setting.t = static_cast<std::uint64_t>(t);
-  if (!item(7).is_none()) {
-    const auto unit_norm = item(7).cast<std::pair<double, std::vector<std::int64_t>>>();
-    setting.unit_limit = unit_norm.first;
-    setting.axes = unit_norm.second;
-  }
-  return setting;
-}
-
-constexpr const char* kBusy =
-    "this optimizer is in the middle of a step, of another thread or of a schedule's caller; nothing was done";
-
-// What an optimizer steps: its parameters, their states and step counts. Pointers are not kept, array objects are.
-class Updater final : public Naming {
- public:
-  // `groups`: for each group its rule's name; `group_of`: for each parameter its group; `slots`: for each parameter a
-  // tuple of state arrays in the rule's order; `extras`: for each parameter a tuple of its average, mirror, remainder
-  // and accumulator, None for those that it does not have; the names are those of messages.
-  Updater(std::vector<std::string> groups, std::vector<std::size_t> group_of, const py::list& params,
-          const std::vector<py::tuple>& slots, const std::vector<py::tuple>& extras,
-          std::vector<std::string> param_names, std::vector<std::string> grad_names,
-          std::vector<std::string> mirror_names, std::uint64_t seed, bool stochastic, std::int64_t accumulate)
-      : rules_(std::move(groups)),
-        group_of_(std::move(group_of)),
-        param_names_(std::move(param_names)),
-        grad_names_(std::move(grad_names)),
-        mirror_names_(std::move(mirror_names)),
-        accumulate_(accumulate),
-        seed_(seed) {
-    for (const std::size_t size : {group_of_.size(), slots.size(), extras.size(), param_names_.size(),
-                                   grad_names_.size(), mirror_names_.size()}) {
-      if (size != params.size()) throw py::value_error("params and what comes with each differ in length");
-    }
-    for (std::size_t i = 0; i < params.size(); ++i) {
-      if (group_of_[i] >= rules_.size()) throw py::value_error("group_of: no such group");
-      if (slots[i].size() != kernel_named(rules_[group_of_[i]]).slots.count) {
-        throw py::value_error("slots: wrong number of states for rule " + rules_[group_of_[i]]);
-      }
-      if (extras[i].size() != kStreams - kEma) throw py::value_error("extras: wrong number of arrays");
-      Owned owned;
-      owned.stream[kParam] = params[i];
-      for (std::size_t k = 0; k < slots[i].size(); ++k) owned.stream[kFirstSlot + k] = slots[i][k];
-      for (std::size_t k = 0; k < extras[i].size(); ++k) {
-        if (!extras[i][k].is_none()) owned.stream[kEma + k] = extras[i][k];
-      }
-      arrays_.push_back(std::move(owned));
-    }
-    counts_ = std::vector<std::atomic<std::int64_t>>(arrays_.size());
-    received_ = std::vector<std::int64_t>(arrays_.size());
-    batch_.stochastic = stochastic;
-  }
-
-  std::string name(std::size_t index, std::size_t stream) const override {
-    if (stream == kParam) return param_names_[index];
-    if (stream == kGrad) return grad_names_[index];
-    if (stream == kMirror) return mirror_names_[index];
-    const char* const state = stream == kEma         ? "ema"
-                              : stream == kRemainder ? "remainder"
-                              : stream == kAccumulator
-                                  ? "accumulator"
-                                  : kernel_named(rules_[group_of_[index]]).slots.data[stream - kFirstSlot];
-    return "state[" + std::to_string(index) + "]['" + state + "']";
-  }
-
-  // Validates parameters, states and gradients (None, or one for each parameter) and writes nothing.
-  void check(py::handle grads) {
-    const Turn turn(stepping_);
-    const Release release(*this);
-    take_gradients(grads);
-    batch_.zero_grads = false;
-    for (std::size_t i = 0; i < arrays_.size(); ++i) {
-      const bool has_grad = !grads_.empty() && !grads_[i].is_none();
-      batch_.add(kernel_named(rules_[group_of_[i]]), arrays_of(i, has_grad), nullptr, i);
-    }
-    batch_.validate(*this);
-  }
-
-  // `recipes`: for each group a callable of t that gives what read_setting() takes for the t-th step of a parameter of
-  // that group. Called once for each different t, before anything is written. They are passed each time, because a
-  // schedule may belong to what owns the optimizer, and this class takes no part in garbage collection.
-  void step(py::handle grads, const py::list& recipes, py::handle given_options) {
-    const Turn turn(stepping_);
-    const Release release(*this);
-    if (swapped_) {
-      throw std::runtime_error("parameters and averages are exchanged; call swap_ema() before the next step");
-    }
-    if (grads.is_none()) throw py::type_error("grads: expected gradients, got None");
-    if (recipes.size() != rules_.size()) throw py::value_error("recipes: one for each group is needed");
-    const StepOptions options = StepOptions::read(given_options);
-    const Summation summation{accumulate_, accumulated_ + 1 >= accumulate_};
-    take_gradients(grads);
-    refresh_kernels();
-    for (std::size_t i = 0; i < arrays_.size(); ++i) {
-      if (grads_[i].is_none() && (!summation.last || received_[i] == 0)) continue;
-      Setting* const setting = summation.last ? setting_for(group_of_[i], counts_[i] + 1, recipes) : neutral_setting();
-      options.enter(setting->around);
-      setting->around.accumulate = static_cast<double>(accumulate_);
-      settings_of_.push_back(setting);
-      stepped_.push_back(i);
-    }
-    batch_.seed = seed_;
-    batch_.zero_grads = options.zero_grads;
-    std::size_t k = 0;
-    for (const std::size_t i : stepped_) {
-      batch_.add(*kernels_[group_of_[i]].kernel, arrays_of(i, !grads_[i].is_none()), settings_of_[k++], i);
-    }
-    if (options.zero_grads && stepped_.size() < arrays_.size()) leave_the_others_alone();
-    batch_.validate(*this);
-    if (accumulate_ > 1) {
-      for (k = 0; k < stepped_.size(); ++k) batch_.tensors()[k].sum_starts = received_[stepped_[k]] == 0;
-    }
-    turn.writes();
-    Isa isa = isa_.load(std::memory_order_relaxed);
-    const Outcome outcome = run_step(batch_, options, summation, *this, isa);
-    isa_.store(isa, std::memory_order_relaxed);
-    const std::scoped_lock lock(numbers_);
-    grad_norm_ = outcome.grad_norm;
-    if (outcome.skipped) {
-      ++skipped_;
-    } else if (summation.last) {
-      for (const std::size_t i : stepped_) counts_[i].fetch_add(1, std::memory_order_relaxed);
-      if (accumulate_ > 1) std::ranges::fill(received_, 0);
-      accumulated_ = 0;
-    } else {
-      for (const std::size_t i : stepped_) ++received_[i];
-      ++accumulated_;
-    }
-  }
-
-  // Exchanges parameters and averages of all that was stepped before; mirrors follow the parameters.
-  void swap_ema() {
-    const Turn turn(stepping_);
-    const Release release(*this);
-    refresh_kernels();
-    batch_.zero_grads = false;
-    for (std::size_t i = 0; i < arrays_.size(); ++i) {
-      if (!arrays_[i].stream[kEma] || counts_[i] == 0) continue;
-      batch_.add(*kernels_[group_of_[i]].kernel, arrays_of(i, false), neutral_setting(), i);
-    }
-    batch_.validate(*this);
-    turn.writes();
-    batch_.exchange();
-    swapped_ = !swapped_;
-  }
-
-  // Validates parameters and mirrors and, unless it only `tries`, rounds the ones into the others. Between enter() and
-  // leave(), for what has written into parameters.
-  void show(bool tries) {
-    const Release release(*this);
-    batch_.zero_grads = false;
-    for (std::size_t i = 0; i < arrays_.size(); ++i) {
-      if (!arrays_[i].stream[kMirror]) continue;
-      batch_.add(kernel_named(rules_[group_of_[i]]), arrays_of(i, false), neutral_setting(), i);
-    }
-    batch_.validate(*this);
-    if (!tries) batch_.show();
-  }
-
-  // All that an optimizer knows of the past beside its arrays. Between enter() and leave().
-  void restore(const std::vector<std::int64_t>& counts, std::vector<std::int64_t> received, std::int64_t accumulated,
-               std::uint64_t seed, std::int64_t skipped, bool swapped) {
-    if (counts.size() != arrays_.size() || received.size() != arrays_.size()) {
-      throw py::value_error("counts, received: one for each parameter is needed");
-    }
-    const std::scoped_lock lock(numbers_);
-    std::ranges::copy(counts, counts_.begin());
-    received_ = std::move(received);
-    accumulated_ = accumulated;
-    seed_ = seed;
-    skipped_ = skipped;
-    swapped_ = swapped;
-  }
-
-  std::vector<std::int64_t> counts() const {
-    const std::scoped_lock lock(numbers_);
-    return {counts_.begin(), counts_.end()};
-  }
-
-  std::optional<double> grad_norm() const {
-    const std::scoped_lock lock(numbers_);
-    return grad_norm_;
-  }
-  std::uint64_t seed() const { return seed_; }
-  std::int64_t skipped() const { return skipped_; }
-  bool swapped() const { return swapped_; }
-  std::int64_t accumulated() const { return accumulated_; }
-  std::vector<std::int64_t> received() const { return received_; }
-
-  // Between the two no step begins: for Python code that reads or writes counts and states as a whole. What writes says
-  // so before.
-  void enter() { stepping_.take(); }
-  void writes() { stepping_.writes(); }
-  void leave() { stepping_.leave(); }
-
-  const char* last_isa() const { return isa_name(isa_); }
-
- private:
-  struct Owned {
-    py::object stream[kStreams];
-  };
-
-  struct Cohort {
-    std::size_t group;
-    std::int64_t t;
-    Setting setting;
-  };
-
-  // Drops, at the end of a step that passed or failed, what it held of the caller's; and at its beginning, what a
-  // thread was about to step that a fork has left behind.
-  struct Release {
-    Updater& updater;
-    explicit Release(Updater& u) : updater(u) { drop(); }
-    ~Release() { drop(); }
-    void drop() const {
-      updater.batch_.clear();
-      updater.grads_.clear();
-      updater.stepped_.clear();
-      updater.settings_of_.clear();
-      updater.cohorts_.clear();
-      updater.cohort_index_.clear();
-    }
-    Release(const Release&) = delete;
-    Release& operator=(const Release&) = delete;
-  };
-
-  Arrays arrays_of(std::size_t index, bool has_grad) const {
-    Arrays arrays;
-    for (std::size_t stream = 0; stream < kStreams; ++stream) arrays.stream[stream] = arrays_[index].stream[stream];
-    if (has_grad) arrays.stream[kGrad] = grads_[index];
-    return arrays;
-  }
-
-  // What is zeroed as a gradient may not lie in the arrays of a parameter that this call does not step, either.
-  void leave_the_others_alone() {
-    std::size_t k = 0;
-    for (std::size_t i = 0; i < arrays_.size(); ++i) {
-      if (k < stepped_.size() && stepped_[k] == i) {
-        ++k;
-      } else {
-        batch_.leave_alone(arrays_of(i, false), i);
-      }
-    }
-  }
-
-  // Of calls that update nothing.
-  Setting* neutral_setting() {
-    neutral_setting_ = Setting{};
-    return &neutral_setting_;
-  }
-
-  void take_gradients(py::handle grads) {
-    grads_.clear();
-    if (grads.is_none()) return;
-    // A tuple of our own: the caller's list may change under us.
-    const auto sequence = py::reinterpret_steal<py::object>(PySequence_Tuple(grads.ptr()));
-    if (!sequence) throw py::error_already_set();
-    const auto count = static_cast<std::size_t>(PyTuple_GET_SIZE(sequence.ptr()));
-    if (count != arrays_.size()) {
-      throw py::value_error("grads: " + std::to_string(count) + " given for " + std::to_string(arrays_.size()) +
-                            " parameters");
-    }
-    for (std::size_t i = 0; i < count; ++i) {
-      grads_.push_back(
-          py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(sequence.ptr(), static_cast<py::ssize_t>(i))));
-    }
-  }
-
-  void refresh_kernels() {
-    const KernelTable* table = &active_kernels();
-    if (table == table_) return;
-    kernels_.clear();
-    for (const std::string& rule : rules_) kernels_.emplace_back(*find_kernel(*table, rule));
-    table_ = table;
-  }
-
-  // Parameters that have received equally many gradients share one setting; nearly always that is a group.
-  Setting* setting_for(std::size_t group, std::int64_t t, const py::list& recipes) {
-    if (!cohorts_.empty() && cohorts_.back().group == group && cohorts_.back().t == t) return &cohorts_.back().setting;
-    if (!cohorts_.empty()) {
-      const auto found = cohort_index_.find({group, t});
-      if (found != cohort_index_.end()) return &found->second->setting;
-    }
-    const py::object recipe = recipes[group];
-    const auto count = py::reinterpret_steal<py::object>(PyLong_FromLongLong(t));
-    const auto result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(recipe.ptr(), count.ptr()));
-    if (!result) throw py::error_already_set();
-    const Setting setting = read_setting(kernels_[group], result, t);
-    if (!cohorts_.empty()) cohort_index_[{cohorts_.back().group, cohorts_.back().t}] = &cohorts_.back();
-    cohorts_.push_back({group, t, setting});
-    return &cohorts_.back().setting;
-  }
-
-  std::vector<std::string> rules_;
-  std::vector<std::size_t> group_of_;
-  std::vector<std::string> param_names_, grad_names_, mirror_names_;
-  std::vector<Owned> arrays_;
-  std::vector<std::atomic<std::int64_t>> counts_;
-  // What a step leaves in numbers, for those who ask beside one: held for a moment and across no code of Python's, so
-  // that no fork takes it along.
-  mutable std::mutex numbers_;
-
-  std::int64_t accumulate_;                   // calls in a sum of gradients
-  std::atomic<std::int64_t> accumulated_{0};  // calls in the sum that is under way
-  std::vector<std::int64_t> received_;        // gradients of each parameter in it
-  std::atomic<std::uint64_t> seed_;
-  std::atomic<std::int64_t> skipped_{0};
-  std::optional<double> grad_norm_;   // of the last step
-  std::atomic<bool> swapped_{false};  // parameters and averages
-  Setting neutral_setting_{};
-
-  const KernelTable* table_ = nullptr;
-  std::vector<BoundKernel> kernels_;
-  std::atomic<Isa> isa_{Isa::scalar};
-  Turnstile stepping_{"optimizer", kBusy};
-
-  // Of the step under way; kept between steps for their memory.
-  Batch batch_;
-  std::vector<py::object> grads_;
-  std::vector<std::size_t> stepped_;
-  std::vector<Setting*> settings_of_;
-  std::deque<Cohort> cohorts_;
-  std::map<std::pair<std::size_t, std::int64_t>, Cohort*> cohort_index_;
-};
 
 // One step over arrays that the caller owns. `names`: what params, grads and each slot's list are called; `single`:
 // they are arrays, not lists.
@@ -481,7 +86,7 @@ py::tuple update_owned(const std::string& rule, const std::vector<py::object>& g
   const Summation sum{summation.first, summation.second >= summation.first};
   Setting setting = read_setting(BoundKernel(kernel), recipe, t);
   options.enter(setting.around);
-  setting.around.accumulate = static_cast<double>(sum.calls);
+  setting.around.scaling.accumulate = static_cast<double>(sum.calls);
   if (!sum.last) setting.unit_limit = 0.0;
   Batch batch;
   batch.seed = seed;
@@ -511,6 +116,18 @@ py::tuple update_owned(const std::string& rule, const std::vector<py::object>& g
   if (sum.calls > 1) {
     for (Tensor& tensor : batch.tensors()) tensor.sum_starts = summation.second == 1;
   }
+  if (!batch.on_host()) {
+    for (const int device : devices_of(batch)) {
+      if (!backend().is_capturing(current_place(device))) continue;
+      throw std::runtime_error("step: the current stream is being captured, and a replay would take this step " +
+                               std::to_string(t) + " again; use an optimizer, with prepare_capture()");
+    }
+    DeviceMemory memory;
+    const bool skips = options.nonfinite == NonFinite::skip;
+    const DeviceReport report = run_on_devices(batch, options, sum, naming, memory, skips, nullptr);
+    return py::make_tuple(report.norm ? memory.norm() : py::none(),
+                          report.skipped ? memory.skipped(batch.devices().front()) : py::object(py::bool_(false)));
+  }
   Isa isa = Isa::scalar;
   const Outcome outcome = run_step(batch, options, sum, naming, isa);
   return py::make_tuple(outcome.grad_norm, outcome.skipped);
@@ -523,12 +140,13 @@ py::object as_ndarray(const py::object& param, const std::string& name) {
     Keeper keeper;
     const ArrayView view = view_array(param, keeper);
     require_updatable(view);
-    if (py::isinstance<py::array>(param)) return param;
+    if (py::isinstance<py::array>(param) || is_cupy_array(param)) return param;
     const std::vector<py::ssize_t> shape(view.shape.begin(), view.shape.end());
     const std::vector<py::ssize_t> strides(view.strides.begin(), view.strides.end());
     auto held = std::make_unique<Keeper>(std::move(keeper));
     const py::capsule owner(held.get(), [](void* pointer) { delete static_cast<Keeper*>(pointer); });
     [[maybe_unused]] const Keeper* const owned = held.release();
+    if (view.device != kHost) return as_cupy(view, py::make_tuple(param, owner));
     return py::array(numpy_dtype(view.dtype), shape, strides, view.data, owner);
   } catch (const ArgumentError& error) {
     error.raise(name);
@@ -569,9 +187,10 @@ void call_all(const std::vector<std::pair<py::object, py::tuple>>& calls) {
 
 // A state array filled with `value`, like `param` in shape and memory order, and like it in its place relative to cache
 // lines, so that a kernel that is aligned in one is aligned in both. `dtype`: of NumPy, of any kind.
-py::object state_like(const py::array& param, double value, const py::dtype& dtype) {
+py::object state_like(const py::object& param, double value, const py::dtype& dtype) {
   Keeper keeper;
   const ArrayView view = view_array(param, keeper);
+  if (view.device != kHost) return state_on_device(view, value, dtype);
   const py::object numpy = py::module_::import("numpy");
   const auto itemsize = static_cast<std::size_t>(dtype.itemsize());
   const auto nbytes = static_cast<py::ssize_t>(view.count * itemsize);
@@ -617,31 +236,7 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
   m.doc() = "The CPU kernels of onepass. Use the classes and functions of the package instead.";
   m.attr("__version__") = ONEPASS_VERSION;
 
-  py::class_<Updater>(m, "Updater")
-      .def(py::init<std::vector<std::string>, std::vector<std::size_t>, const py::list&, const std::vector<py::tuple>&,
-                    const std::vector<py::tuple>&, std::vector<std::string>, std::vector<std::string>,
-                    std::vector<std::string>, std::uint64_t, bool, std::int64_t>(),
-           py::arg("groups"), py::arg("group_of"), py::arg("params"), py::arg("slots"), py::arg("extras"),
-           py::arg("param_names"), py::arg("grad_names"), py::arg("mirror_names"), py::arg("seed"),
-           py::arg("stochastic"), py::arg("accumulate"))
-      .def("check", &Updater::check, py::arg("grads").none(true))
-      .def("step", &Updater::step, py::arg("grads"), py::arg("recipes"), py::arg("options").none(true) = py::none())
-      .def("swap_ema", &Updater::swap_ema)
-      .def("show", &Updater::show, py::arg("tries"))
-      .def("restore", &Updater::restore, py::arg("counts"), py::arg("received"), py::arg("accumulated"),
-           py::arg("seed"), py::arg("skipped"), py::arg("swapped"))
-      .def("__enter__", &Updater::enter)
-      .def("writes", &Updater::writes)
-      .def("__exit__", [](Updater& updater, const py::args& /*exception*/) { updater.leave(); })
-      .def_property_readonly("counts", &Updater::counts)
-      .def_property_readonly("seed", &Updater::seed)
-      .def_property_readonly("skipped", &Updater::skipped)
-      .def_property_readonly("swapped", &Updater::swapped)
-      .def_property_readonly("accumulated", &Updater::accumulated)
-      .def_property_readonly("received", &Updater::received)
-      .def_property_readonly("grad_norm", &Updater::grad_norm)
-      .def_property_readonly("last_isa", &Updater::last_isa);
-
+  bind_updater(m);
   m.def("update", &update_owned, py::arg("rule"), py::arg("grads"), py::arg("streams"), py::arg("recipe"), py::arg("t"),
         py::arg("options").none(true), py::arg("seed"), py::arg("stochastic"), py::arg("summation"), py::arg("names"),
         py::arg("single") = false);
@@ -672,6 +267,8 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
   });
 
   bind_batchnorm(m);
+  bind_device(m);
+  m.def("forget_feedback_words", &forget_feedback_words);
 
   m.def("isa", [] { return isa_name(active_kernels().isa); });
   m.def("available_isas", [] {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from onepass import _cpu, functional, schedules
 from onepass.batchnorm import BatchNorm, empty_cache, get_cache_limit, set_cache_limit
 from onepass.checkpoint import load, save
+from onepass.devices import use_cuda as _use_cuda
 from onepass.isa import available_isas, isa, set_isa
 from onepass.isa import read_environment as _read_isa
 from onepass.optim import (
@@ -55,5 +56,6 @@ __all__ = [
     "set_num_threads",
 ]
 
+_use_cuda()
 _read_isa()
 _read_threads()

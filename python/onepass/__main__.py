@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 import onepass
+from onepass.devices import cuda_report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -16,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "isa": onepass.isa(),
         "available isas": ", ".join(onepass.available_isas()),
         "threads": onepass.get_num_threads(),
-        "cuda": "not built",
+        "cuda": cuda_report(),
     }
     for name, value in rows.items():
         print(f"{name:<15} {value}")

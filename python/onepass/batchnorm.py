@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import importlib
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -31,7 +33,8 @@ class BatchNormGradients(NamedTuple):
     x : array
         Of the input.
     weight, bias : array of shape (C,)
-        Of scale and shift, in the dtype of the input, whether there were such parameters or not.
+        Of scale and shift, in the dtype of the input (float32 for one of 16 bits), whether there were such parameters
+        or not.
     residual : array or None
         Of the residual: the masked `dy`; `dy` itself without an activation; None with one where no `y` was given,
         because there was no residual then.
@@ -71,9 +74,11 @@ def batch_norm(
     Parameters
     ----------
     x : array
-        C-contiguous, float32 or float64, of 2 or more dimensions.
+        C-contiguous, float32 or float64, of 2 or more dimensions. On a CUDA device (a CuPy array, or any that exports
+        its memory) bfloat16 and float16 too; all other arrays are on the same device then, and new ones are CuPy's.
     weight, bias : array of shape (C,), optional
-        Scale and shift of each channel, in the dtype of `x`; 1 and 0 where they are left out.
+        Scale and shift of each channel, in the dtype of `x`, or float32 for one of 16 bits; 1 and 0 where they are left
+        out.
     running_mean, running_var : array of shape (C,), optional
         Both or neither. In training updated in place, ``(1 - momentum) * running + momentum * batch``; otherwise read,
         and needed.
@@ -276,7 +281,11 @@ class BatchNorm:
     unbiased : bool, default True
         Whether the variance that enters `running_var` is divided by n - 1 (else by n).
     dtype : dtype, default float32
-        Of parameters, statistics and inputs: float32 or float64.
+        Of parameters, statistics and inputs: float32 or float64. On a device inputs of a float32 layer may be bfloat16
+        or float16 as well, each batch as it likes.
+    device : str or int, optional
+        Where parameters and statistics are, and inputs have to be: "cpu", the default, for NumPy arrays; "cuda" for
+        CuPy arrays on CuPy's current device, "cuda:1" or 1 for another one.
 
     Attributes
     ----------
@@ -326,6 +335,7 @@ class BatchNorm:
         activation: Activation = None,
         unbiased: bool = True,
         dtype: npt.DTypeLike = np.float32,
+        device: str | int | None = None,
     ) -> None:
         self._channels = _channel_count(num_features)
         self._eps = _eps(eps)
@@ -337,19 +347,26 @@ class BatchNorm:
         self._unbiased = flag(unbiased, "unbiased")
         self._dtype = _dtype(dtype)
         _require_eps(self._eps, self._dtype)
-        self._weight = np.ones(self._channels, self._dtype) if self._affine else None
-        self._bias = self._zeros() if self._affine else None
-        self._weight_grad = self._zeros() if self._affine else None
-        self._bias_grad = self._zeros() if self._affine else None
-        self._running_mean, self._running_var = self._zeros(), np.ones(self._channels, self._dtype)
+        self._device = _device_number(device)
+        xp = np if self._device is None else _cupy()
+        with self._on_device():
+            ones = [xp.ones(self._channels, self._dtype) for _ in range(2)]
+            zeros = [xp.zeros(self._channels, self._dtype) for _ in range(4)]
+        self._weight: FloatArray | None = ones[0] if self._affine else None
+        self._bias: FloatArray | None = zeros[0] if self._affine else None
+        self._weight_grad: FloatArray | None = zeros[1] if self._affine else None
+        self._bias_grad: FloatArray | None = zeros[2] if self._affine else None
+        self._running_mean: FloatArray = zeros[3]
+        self._running_var: FloatArray = ones[1]
         self._training = True
         # What the backward pass needs, or why there is nothing; batches that the running statistics have seen; the
         # gradient of the residual. The compiled passes write them together with the arrays.
         self._record: list[Any] = [_NO_FORWARD, 0, None]
         self._turn = _cpu.Turn()
 
-    def _zeros(self) -> FloatArray:
-        return np.zeros(self._channels, self._dtype)
+    def _on_device(self) -> Any:
+        """A context in which CuPy's current device is the layer's."""
+        return contextlib.nullcontext() if self._device is None else _cupy().cuda.Device(self._device)
 
     # What it is
 
@@ -372,6 +389,11 @@ class BatchNorm:
     def activation(self) -> Activation:
         """What follows in the same pass."""
         return self._activation
+
+    @property
+    def device(self) -> str:
+        """Where parameters and statistics are: "cpu", or "cuda:0" and so on."""
+        return "cpu" if self._device is None else f"cuda:{self._device}"
 
     # What it holds
 
@@ -557,7 +579,7 @@ class BatchNorm:
 
     def reset_running_stats(self) -> None:
         """Forget all batches: mean 0, variance 1, none tracked."""
-        with self._turn:
+        with self._turn, self._on_device():
             carry_out(
                 [
                     (self._turn.writes, ()),
@@ -573,14 +595,17 @@ class BatchNorm:
         Returns
         -------
         dict
-            ``weight``, ``bias`` (with `affine`), ``running_mean``, ``running_var``: copies; ``num_batches_tracked``.
+            ``weight``, ``bias`` (with `affine`), ``running_mean``, ``running_var``: copies, on the layer's device;
+            ``num_batches_tracked``.
         """
-        with self._turn:
+        with self._turn, self._on_device():
             arrays = {name: array.copy() for name, array in self._state().items()}
             return {**arrays, "num_batches_tracked": self._record[1]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore parameters and statistics, in place, from a :meth:`state_dict`.
+
+        A layer on a device takes CuPy arrays of any device, and NumPy arrays; one on the CPU takes NumPy arrays.
 
         An interrupt finds all of it done or nothing.
 
@@ -589,7 +614,7 @@ class BatchNorm:
         TypeError, ValueError
             If it is of a layer of another size, dtype or `affine`. Nothing has changed then.
         """
-        with self._turn:
+        with self._turn, self._on_device():
             carry_out(self._loading(state_dict))
 
     def _saved(self) -> dict[str, Any]:
@@ -600,9 +625,23 @@ class BatchNorm:
         own = self._state()
         given = entries(saved, "state_dict", (*own, "num_batches_tracked"))
         calls: list[Call] = [(self._turn.writes, ())]
-        calls += [assignment(array, matching_array(given[name], array, name).copy()) for name, array in own.items()]
+        calls += [self._restoring(given[name], array, name) for name, array in own.items()]
         batches = count(given["num_batches_tracked"], "num_batches_tracked")
         return [*calls, (self._record.__setitem__, (1, batches))]
+
+    def _restoring(self, value: Any, array: FloatArray, name: str) -> Call:
+        if self._device is None:
+            return assignment(array, matching_array(value, array, name).copy())
+        cupy = _cupy()
+        if isinstance(value, cupy.ndarray):
+            if value.shape != array.shape:
+                raise ValueError(f"{name}: shape {value.shape} does not match {array.shape}")
+            if value.dtype != array.dtype:
+                raise TypeError(f"{name}: dtype {value.dtype} does not match {array.dtype}")
+        else:
+            value = matching_array(value, np.empty(array.shape, array.dtype), name)
+        with self._on_device():
+            return cupy.ndarray.__setitem__, (array, ..., cupy.array(value))
 
     def _state(self) -> dict[str, FloatArray]:
         return {**self.parameters(), "running_mean": self._running_mean, "running_var": self._running_var}
@@ -631,12 +670,21 @@ class BatchNorm:
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state, _turn=_cpu.Turn())
+        self.__dict__.setdefault("_device", None)  # of a version that knew no other
+        if self._device is None:
+            return
+        with self._on_device():  # CuPy unpickles to its current device
+            for name, value in self.__dict__.items():
+                if isinstance(value, _cupy().ndarray) and value.device.id != self._device:
+                    self.__dict__[name] = _cupy().array(value)
 
     def __repr__(self) -> str:
         return (
             f"BatchNorm({self._channels}, eps={self._eps!r}, momentum={self._momentum!r}, "
             f"channel_axis={self._channel_axis}, affine={self._affine}, activation={self._activation!r}, "
-            f"unbiased={self._unbiased}, dtype={self._dtype})"
+            f"unbiased={self._unbiased}, dtype={self._dtype}"
+            + ("" if self._device is None else f", device={self.device!r}")
+            + ")"
         )
 
 
@@ -679,6 +727,36 @@ def _dtype(value: Any) -> np.dtype[Any]:
     if value is None or dtype.name not in _cpu.compute_dtypes() or not dtype.isnative:
         raise TypeError(f"dtype: expected one of {supported}, got {value!r}")
     return dtype
+
+
+def _cupy() -> Any:
+    return importlib.import_module("cupy")
+
+
+def _device_number(device: Any) -> int | None:
+    """The number of a CUDA device; None for the host."""
+    if device is None or (isinstance(device, str) and device == "cpu"):
+        return None
+    need = "'cpu', 'cuda', or the number of a CUDA device, as in 'cuda:1' or 1"
+    number: int | None = device
+    if isinstance(device, str):
+        kind, colon, digits = device.partition(":")
+        if kind != "cuda" or (colon and not (digits.isascii() and digits.isdecimal())):
+            raise ValueError(f"device: expected {need}, got {device!r}")
+        number = int(digits) if colon else None
+    if number is not None:
+        number = integer(number, "device", 0, 2**31 - 1, need)
+    if _cpu.cuda_architectures() is None:
+        raise RuntimeError(f"device: {device!r} cannot be used, because this build of onepass has no CUDA kernels")
+    devices = len(_cpu.cuda_devices())
+    if devices == 0:
+        raise RuntimeError(f"device: {device!r} cannot be used, because there is no CUDA device")
+    if number is None:
+        current: int = _cupy().cuda.Device().id
+        return current
+    if number >= devices:
+        raise ValueError(f"device: expected {need}, of which there are {devices}, got {device!r}")
+    return number
 
 
 def _is_relu(activation: Any) -> bool:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from onepass import _cpu, schedules
 from onepass.batchnorm import BatchNorm
+from onepass.devices import is_array, to_host
 from onepass.integers import is_integer
 from onepass.optim.hyper import flag
 from onepass.optim.optimizer import Optimizer
@@ -64,8 +65,9 @@ def save(path: Path, target: Target, /, **extra: Any) -> None:
     target : Optimizer, BatchNorm, or dict of name -> those
         What is saved. Steps of other threads are refused meanwhile, and nothing else may write into the arrays.
     **extra
-        Anything else that :func:`load` shall return: NumPy arrays, numbers, strings, True, False, None, and lists,
-        tuples and dicts of those, up to 100 deep. Numbers of NumPy come back as Python's.
+        Anything else that :func:`load` shall return: NumPy arrays (CuPy's, which come back as NumPy's), numbers,
+        strings, True, False, None, and lists, tuples and dicts of those, up to 100 deep. Numbers of NumPy come back as
+        Python's.
 
     Raises
     ------
@@ -274,8 +276,8 @@ class _Writer:
             return value
         if type(value) is float:
             return value if math.isfinite(value) else {"float": repr(value)}
-        if isinstance(value, np.ndarray):
-            return {"array": self._array(value, path)}
+        if is_array(value):
+            return {"array": self._array(to_host(value), path)}
         if callable(value) and not self._extra:
             return _function(value, self, path)
         if id(value) in self._open:

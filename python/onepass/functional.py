@@ -123,7 +123,7 @@ class StepReport(NamedTuple):
 
 
 _STEP_OPTIONS = tuple(StepOptions.__annotations__)
-_OPTIONS = (*StepOptions.__annotations__, *FunctionOptions.__annotations__)
+_OPTIONS = tuple(FunctionOptions.__annotations__)  # those of a step among them
 _STREAMS = ("emas", "mirrors", "remainders", "accumulators")  # in the order of the compiled module
 _MAX_SLOTS = 3
 

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from onepass import _cpu
+from onepass import _cpu, devices
 from onepass.integers import integer, is_integer
 
 Call: TypeAlias = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -18,7 +18,9 @@ OWN_FUNCTION = object()
 
 
 def assignment(array: npt.NDArray[Any], value: npt.NDArray[Any]) -> Call:
-    """The call that copies `value` into `array`, of the same shape and dtype."""
+    """The call that copies `value` of NumPy into `array`, of the same shape and dtype."""
+    if devices.on_device(array):
+        return _cpu.overwrite, (array, value)
     return np.ndarray.__setitem__, (array, ..., value)
 
 
@@ -41,13 +43,17 @@ def entries(value: Any, label: str, keys: Any) -> Mapping[Any, Any]:
 
 
 def matching_array(value: Any, array: npt.NDArray[Any], label: str) -> npt.NDArray[Any]:
-    """`value` as a plain array, if it is one that can be copied into `array`."""
+    """`value` as a plain array of NumPy, if it is one that can be copied into `array`."""
+    on_device = devices.on_device(array)
+    if on_device and devices.on_device(value):
+        value = devices.to_host(value)
     if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{label}: expected a NumPy array, got {type(value).__name__}")
+        kind = "an array of NumPy or CuPy" if on_device else "a NumPy array"
+        raise TypeError(f"{label}: expected {kind}, got {type(value).__name__}")
     plain = np.asarray(value)  # a subclass may have a way of its own of being copied
     if plain.shape != array.shape:
         raise ValueError(f"{label}: shape {plain.shape} does not match {array.shape}")
-    if not array.flags.writeable:
+    if not on_device and not array.flags.writeable:
         raise ValueError(f"{label}: the array that it would be copied into has been made read-only")
     if plain.dtype != array.dtype:
         raise TypeError(f"{label}: dtype {plain.dtype} does not match {array.dtype}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from onepass import _cpu
+from onepass import _cpu, devices
 from onepass.optim.hyper import LearningRate
 from onepass.optim.optimizer import Coefficients, Grads, Optimizer, Params
 from onepass.optim.options import Options, Unpack, compute_dtype
@@ -111,7 +111,7 @@ class NAG(Optimizer):
         }
 
     def weights(self) -> Any:
-        r"""Return the plain weights :math:`W = p + \mu v` as new NumPy arrays, in the structure of the parameters.
+        r"""Return the plain weights :math:`W = p + \mu v` as new arrays, in the structure of the parameters.
 
         They are in the type in which steps are computed: float32, or float64 for parameters of that dtype.
 
@@ -129,5 +129,6 @@ class NAG(Optimizer):
                 compute = compute_dtype(array.dtype)
                 value = self._master_of(index) if self._storage.split else array.astype(compute, copy=False)
                 velocity = self.state[index]["velocity"].astype(compute, copy=False)
-                flat.append(np.asarray(value + compute.type(mu_v) * velocity))
+                weights = devices.to_host(value) + compute.type(mu_v) * devices.to_host(velocity)
+                flat.append(devices.like(array, np.asarray(weights)))
         return self._structure.rebuild(flat)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from onepass import _cpu
+from onepass import _cpu, devices
 from onepass.integers import integer
 from onepass.optim import hyper as hp
 from onepass.optim.hyper import Hyper, LearningRate, ParamGroup
@@ -198,6 +198,7 @@ class Optimizer:
             self._rules.append(rule)
 
         self._structure = structure
+        self._prepared: list[dict[str, Any]] | None = None  # hyper-parameters, when they were given to devices
         self._recipes: list[Callable[[int], Surrounded]] = [
             functools.partial(self.surround, values) for values in self._hyper
         ]
@@ -321,20 +322,57 @@ class Optimizer:
             flat: Sequence[Any] = self._bound
         else:
             flat = self._structure.flatten(grads, "grads")
-        self._updater.step(flat, self._recipes, step_options(options, "step()"))
+        if self._prepared is not None and self._prepared != self._hyper:
+            raise RuntimeError("param_groups: were changed after prepare_capture(); call that again")
+        self._updater.step(flat, self._recipes, step_options(options, "step()"), flat is self._bound)
+
+    def prepare_capture(self, steps: int) -> None:
+        """Make the coming steps such that a CUDA graph can capture them.
+
+        A captured step is launched without Python, so it cannot ask for its count, nor a schedule for the learning
+        rate. This puts the coefficients of the next `steps` updates, as the hyper-parameters are now, into the devices'
+        memory (128 bytes for each, and each group), and leaves the counts to the devices: each step, captured or not,
+        takes the coefficients of the count that it finds, to the last bit those that the host would have computed,
+        and advances it. A step beyond the last of them changes nothing, and the next call that looks at counts
+        (:attr:`step_counts`, :meth:`state_dict`, this one) raises.
+
+        Parameters
+        ----------
+        steps : int
+            How many updates shall be possible from now on, 1 to 2**24. 0 takes the counts back to the host; graphs
+            that were captured before must not be launched any more then, nor after another call of this,
+            :meth:`load_state_dict` or :func:`onepass.load`, nor when the optimizer is gone.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the parameters are on the host, or with ``accumulate`` (a sum of gradients is made by the host's count).
+        RuntimeError
+            If steps were left out, see above (the counts are back at the host then, and those of the steps that were
+            done), or in the middle of a step.
+
+        Notes
+        -----
+        Waits for the devices. Hyper-parameters that are changed later count from the next call on; a step that is not
+        captured raises until then.
+        """
+        steps = integer(steps, "steps", 0, 2**24)
+        self._updater.prepare_capture(self._recipes, steps)
+        self._prepared = [dict(values) for values in self._hyper] if steps else None
 
     @property
-    def grad_norm(self) -> float | None:
+    def grad_norm(self) -> Any:
         """The norm of all gradients of the last step together, after scaling and before clipping.
 
         None if it was not measured: the step neither clipped by a norm nor looked for what is not finite, or it only
-        added to a sum of gradients.
+        added to a sum of gradients. A float; on a CUDA device a CuPy array without dimensions, which the next step that
+        measures overwrites (``float(opt.grad_norm)`` waits for it).
         """
         return self._updater.grad_norm
 
     @property
     def skipped(self) -> int:
-        """How many steps ``nonfinite="skip"`` has skipped."""
+        """How many steps ``nonfinite="skip"`` has skipped. Waits for CUDA devices, which decide that."""
         return self._updater.skipped
 
     @property
@@ -378,7 +416,10 @@ class Optimizer:
 
     def _master_of(self, index: int) -> npt.NDArray[Any]:
         name = self._structure.names("params", "['params']")[index]
-        return np.asarray(_joined(_cpu.as_ndarray(self._flat[index], name), self._state[index]["remainder"]))
+        high = _cpu.as_ndarray(self._flat[index], name)
+        joined = _joined(devices.to_host(high), devices.to_host(self._state[index]["remainder"]))
+        master: npt.NDArray[Any] = devices.like(high, joined)
+        return master
 
     # Hyper-parameters
 
@@ -429,7 +470,10 @@ class Optimizer:
 
     @property
     def step_counts(self) -> tuple[int, ...]:
-        """For each parameter, in order, how many gradients it has received."""
+        """For each parameter, in order, how many gradients it has received.
+
+        Waits for CUDA devices if these count: after a step with ``nonfinite="skip"``, or :meth:`prepare_capture`.
+        """
         return tuple(self._updater.counts)
 
     def state_dict(self) -> dict[str, Any]:
@@ -448,7 +492,7 @@ class Optimizer:
             snapshot = self._snapshot()
             for entry in snapshot["state"].values():
                 for name, value in entry.items():
-                    if isinstance(value, np.ndarray):
+                    if devices.is_array(value):
                         entry[name] = value.copy(order="K")
             return snapshot
 
@@ -517,6 +561,7 @@ class Optimizer:
         calls += [assignment(array, value) for array, value in copies]
         calls += [(values.update, (loaded,)) for values, loaded in zip(self._hyper, groups, strict=True)]
         calls.append((self._updater.restore, (counts, received, accumulated, seed, skipped, swapped)))
+        calls.append((self.__dict__.__setitem__, ("_prepared", None)))
         return calls
 
     # Checkpoints: see onepass.checkpoint
@@ -571,7 +616,9 @@ class Optimizer:
     def _read_state(self, given: Any) -> tuple[list[int], list[int], list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]]:
         saved = entries(given, "state", range(len(self._flat)))
         summed = ("received",) if self._storage.accumulate > 1 else ()
-        own = sorted(_extent(array) for arrays in self._state for array in arrays.values())
+        own = sorted(
+            _extent(array) for arrays in self._state for array in arrays.values() if isinstance(array, np.ndarray)
+        )
         counts: list[int] = []
         received: list[int] = []
         copies: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []

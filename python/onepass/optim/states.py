@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from onepass import _cpu
+from onepass import _cpu, devices
 from onepass.optim.options import Storage, compute_dtype, state_dtype_for
 
 
@@ -51,8 +51,9 @@ class NewStates:
         label = f"{self._path}.{slot}"
         array = self._storage.state_alloc(label, self._param.shape, dtype)
         given = f"state_alloc({label!r}, {self._param.shape}, {dtype})"
-        if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
-            raise TypeError(f"{given}: expected a NumPy array, got {type(array).__name__}")
+        here, kind = (devices.on_device, "CuPy") if devices.on_device(self._param) else (_is_plain, "NumPy")
+        if not here(array):
+            raise TypeError(f"{given}: expected a {kind} array, got {type(array).__name__}")
         if array.shape != self._param.shape:
             raise ValueError(f"{given}: returned shape {array.shape}")
         if array.dtype != dtype or not array.dtype.isnative:
@@ -61,8 +62,16 @@ class NewStates:
         self.fills.append((array, start))
 
 
+def _is_plain(array: Any) -> bool:
+    return isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray)
+
+
 def fill(array: npt.NDArray[Any], value: Any) -> None:
     """Write `value` into all of `array`; zeros that are there already are left alone, and with them holes in a file."""
+    if devices.on_device(array):
+        values = np.asarray(devices.to_host(value)).astype(array.dtype)
+        _cpu.overwrite(array, np.broadcast_to(values, array.shape))
+        return
     if isinstance(value, float) and value == 0.0 and not _has_bits(array):
         return
     np.ndarray.__setitem__(array, ..., value)  # whatever a subclass makes of it

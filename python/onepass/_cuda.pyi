@@ -1,0 +1,4 @@
+from typing import Any
+
+__version__: str
+backend: Any
