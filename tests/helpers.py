@@ -254,6 +254,14 @@ class OnGpu:
         self.__cuda_array_interface__ = {"shape": shape, "typestr": "<f4", "data": (1 << 46, False), "version": 3}
 
 
+#: What such an array is answered with, whatever the build and the machine have, if it does not lie on a GPU at all.
+NO_CUDA = (
+    r"is on a CUDA device, and this build of onepass has no CUDA kernels; .* or pass host arrays$"
+    r"|is on a CUDA device, and CuPy, .* cannot be imported .* or pass host arrays$"
+    r"|is on a CUDA device, .*: (its memory is not that of a CUDA device|asking where memory lies failed: .*)$"
+)
+
+
 # Comparisons
 
 

@@ -4,6 +4,7 @@ import importlib
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +234,75 @@ def test_parameters_of_the_network():
     assert all(param.dtype == np.float32 for param in with_norm.params.values())
 
 
+CUDA_BUILD = "there is no CUDA device, or no CUDA kernels in this build"
+
+
+@pytest.mark.parametrize(
+    ("missing", "expected"),
+    [
+        ("No module named 'cupy'", "argument --device: needs CuPy; pip install cupy-cuda12x or cupy-cuda13x"),
+        (None, f"argument --device: device: 'cuda' cannot be used: {CUDA_BUILD}"),
+    ],
+)
+def test_without_a_cuda_device_the_demo_says_what_is_missing(missing, expected, tmp_path, digits, capsys, monkeypatch):
+    found = importlib.import_module
+
+    def find(name, *package):
+        if name != "cupy":
+            return found(name, *package)
+        if missing:
+            raise ImportError(missing)
+        return types.ModuleType(name)
+
+    def no_device(*_, **__):
+        raise RuntimeError(f"device: 'cuda' cannot be used: {CUDA_BUILD}")
+
+    monkeypatch.setattr(digits.importlib, "import_module", find)
+    monkeypatch.setattr(onepass, "BatchNorm", no_device)
+    with pytest.raises(SystemExit) as stop:
+        digits.main(["--device", "cuda", "--no-plots"])
+    is_one_line(stop.value.code, *capsys.readouterr(), expected)
+
+
+@pytest.mark.cuda
+def test_the_demo_on_a_cuda_device_learns_what_it_learns_on_the_host(tmp_path):
+    options = ["--epochs", 1, "--runs", 1, "--optimizer", "Adam", "Nadam", "--no-plots"]
+    result = demo(*options, "--device", "cuda", cwd=tmp_path)
+    on_device, on_host = table(result), table(demo(*options, cwd=tmp_path))
+    assert re.search(r"^CuPy \S+ on device 0", result.stdout, re.MULTILINE)
+    assert "CuPy" in result.stdout.split("┃ ratio")[0]
+    for name, (_, loss, accuracy, accuracy_with_norm, *_) in on_host.items():
+        assert on_device[name][1] == pytest.approx(loss, rel=0.05)  # sums round otherwise, and training amplifies that
+        assert on_device[name][2] == pytest.approx(accuracy, abs=2.0)
+        assert on_device[name][3] == pytest.approx(accuracy_with_norm, abs=2.0)
+
+
+@pytest.mark.cuda
+@BATCH_NORM
+def test_the_network_has_the_same_gradients_on_a_device(batch_norm, digits):
+    cupy = digits.cuda()
+    host, x, y = network(batch_norm)
+    device = MLP((5, 7, 6, 3), np.random.default_rng(0), np.float64, xp=cupy, batch_norm=batch_norm)
+    for name, param in device.params.items():
+        param[...] = cupy.asarray(host.params[name])
+    got, expected = device.backward(cupy.asarray(x), cupy.asarray(y)), host.backward(x, y)
+    for name, grad in expected.items():
+        assert isinstance(got[name], cupy.ndarray)
+        np.testing.assert_allclose(got[name].get(), grad, rtol=1e-9, atol=1e-12, err_msg=name)
+    assert device.evaluate(cupy.asarray(x), cupy.asarray(y)) == pytest.approx(host.evaluate(x, y), rel=1e-9)
+
+
+@pytest.mark.cuda
+def test_a_formula_that_differs_is_found_on_a_device_too(digits, monkeypatch):
+    x, y = separable(np.random.default_rng(7))
+    data = digits.to_device(digits.prepare(x, y, np.random.default_rng(0)), digits.cuda())
+    gradients = digits.sample_gradients(data)
+    assert digits.compare("Momentum", data, gradients)[0] > 0
+    monkeypatch.setattr(digits, "RULES", {"SGD": lambda *_, **__: None})
+    with pytest.raises(AssertionError, match=r"SGD and CuPy differ in fc1\.weight"):
+        digits.compare("SGD", data, gradients)
+
+
 def test_batch_norm_comes_before_the_activation():
     net, x, _ = network(batch_norm=True)
     z = x @ net.params["fc1.weight"]
@@ -324,6 +394,7 @@ BAD_OPTIONS = {
     "no epochs": (["--epochs", "0"], "--epochs: expected an integer >= 1, got '0'"),
     "negative epochs": (["--epochs", "-3"], "--epochs: expected an integer >= 1, got '-3'"),
     "no runs": (["--runs", "0"], "--runs: expected an integer >= 1, got '0'"),
+    "device": (["--device", "tpu"], "--device: invalid choice: 'tpu'"),
     "half an epoch": (["--epochs", "0.5"], "--epochs: expected an integer >= 1, got '0.5'"),
     "option": (["--epoch", "3"], "unrecognized arguments: --epoch"),
     "out is a file": (["--out", "taken"], "--out: cannot write to 'taken': not a folder"),

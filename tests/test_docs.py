@@ -8,14 +8,12 @@ import importlib.util
 import inspect
 import pkgutil
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import builds
 import onepass
 from helpers import CLASSES
 
@@ -54,6 +52,19 @@ def failures(test):
     return "".join(report)
 
 
+def needs_cuda():
+    """Skip the rest of the test where no CUDA kernel can run."""
+    import cuda_arrays  # not above: it imports CuPy, for which other pages have no use
+
+    reason = cuda_arrays.why_not()
+    if reason is not None:
+        pytest.skip(f"what follows needs CUDA: {reason}")
+
+
+def have_torch_on_cuda():
+    return HAVE_TORCH and importlib.import_module("torch").cuda.is_available()
+
+
 # --- The pages --------------------------------------------------------------------------------------------------------
 
 
@@ -63,7 +74,9 @@ def test_code_on_the_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": page.stem}
     for line, code in blocks(page, "python"):
-        if "import torch" in code and not HAVE_TORCH:
+        if "import cupy" in code:
+            needs_cuda()  # for all that follows, too
+        if "import torch" in code and not (have_torch_on_cuda() if 'device="cuda"' in code else HAVE_TORCH):
             continue
         if ">>> " in code:
             test = doctest.DocTestParser().get_doctest(code, names, page.name, str(page), line)
@@ -81,7 +94,7 @@ def test_no_code_is_overlooked():
         assert len(found) == len(prompts), page
     with_code = {page.stem for page in PAGES if blocks(page, "python")}
     assert {cls.__name__.lower() for cls in CLASSES} <= with_code
-    assert {"README", "CONTRIBUTING", "arrays", "dispatch", "numerics", "state", "threads"} <= with_code
+    assert {"README", "CONTRIBUTING", "arrays", "cuda", "dispatch", "numerics", "state", "threads"} <= with_code
 
 
 def heading_anchors(page):
@@ -151,27 +164,8 @@ def test_cpp_page_shows_the_example_as_it_is(name, language):
     assert [code for _, code in blocks(DOCS / "cpp.md", language)] == [text_of(ROOT / "examples" / "cpp" / name)]
 
 
-def test_cpp_example_builds_and_prints_what_the_page_says(tmp_path):
-    cmake = shutil.which("cmake", path=str(Path(sys.executable).parent)) or shutil.which("cmake")
-    if cmake is None:
-        pytest.skip("CMake is not installed")
-
-    def run(*command):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    run(
-        cmake,
-        "-S",
-        "examples/cpp",
-        "-B",
-        str(tmp_path),
-        "-DCMAKE_BUILD_TYPE=Release",
-        "-DONEPASS_KERNEL_OPTIMIZATION=-O1",
-    )
-    run(cmake, "--build", str(tmp_path), "--parallel", "2")
-    printed = run(str(tmp_path / "example")).splitlines()
+def test_cpp_example_builds_and_prints_what_the_page_says(tmp_path_factory):
+    printed = builds.tool(builds.consumer(tmp_path_factory) / "example").splitlines()
     shown = [line for _, code in blocks(DOCS / "cpp.md", "console") for line in code.splitlines() if line[0] != "$"]
     isas = onepass.available_isas()
     assert [line.split()[0] for line in printed] == list(isas)
@@ -180,7 +174,7 @@ def test_cpp_example_builds_and_prints_what_the_page_says(tmp_path):
 
 # --- The docstrings ---------------------------------------------------------------------------------------------------
 
-NOT_IMPORTED = ("onepass._cpu", "onepass.__main__")
+NOT_IMPORTED = ("onepass._cpu", "onepass.__main__", "onepass.libcuda_on_host")
 MODULES = [
     "onepass",
     *(module.name for module in pkgutil.walk_packages(onepass.__path__, "onepass.") if module.name not in NOT_IMPORTED),

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import inspect
 import os
 import re
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+import builds
 import onepass
+from builds import tool
 from onepass import _cpu
 
-REPOSITORY = Path(__file__).parent.parent
 ISAS = onepass.available_isas()
 RULES = {row["name"]: row for row in _cpu.registry()}
 CLASSES = [value for value in vars(onepass).values() if inspect.isclass(value) and issubclass(value, onepass.Optimizer)]
@@ -127,45 +125,20 @@ def test_registry_lists_names_once():
 
 @pytest.fixture(scope="module")
 def consumer(tmp_path_factory):
-    """examples/cpp, built as a C++ user builds it: the library with no Python in sight."""
-    return build_consumer(shared_folder(tmp_path_factory), "consumer")
+    return builds.consumer(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def consumer_elsewhere(tmp_path_factory):
     """The same, as on a machine that is not x86: only the name of the processor is another."""
     options = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=riscv64")
-    return build_consumer(shared_folder(tmp_path_factory), "elsewhere", *options)
+    return builds.consumer(tmp_path_factory, "elsewhere", *options)
 
 
-def shared_folder(tmp_path_factory):
-    """One for all processes among which the tests of this run are divided."""
-    own = tmp_path_factory.getbasetemp()
-    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-
-
-def build_consumer(folder, name, *options):
-    """The first process that needs it builds it, others wait."""
-    with (folder / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        build, done = folder / name, folder / f"{name}.done"
-        if not done.exists():
-            run_cmake(build, *options)
-            done.touch()
-    return build
-
-
-def run_cmake(build, *options):
-    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    assert cmake, "cmake is part of the test extra"
-    # An environment without sanitizers preloaded: compilers do not run under them.
-    environment = {name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", "PYTHONPATH")}
-    for command in (
-        [cmake, "-S", str(REPOSITORY / "examples" / "cpp"), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release", *options],
-        [cmake, "--build", str(build), "--parallel", "2"],
-    ):
-        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        assert result.returncode == 0, result.stdout + result.stderr
+@pytest.fixture(scope="module")
+def package(request):
+    """The build whose objects are read: the installed package's, else the consumer's, which has the same units."""
+    return builds.folder_of_package() or request.getfixturevalue("consumer")
 
 
 # What a kernel unit exports, without the name of its instruction set.
@@ -188,11 +161,6 @@ def kernel_objects(build):
     return found
 
 
-def tool(*command):
-    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-
-
 def test_cpp_consumer_runs(consumer):
     programs = [path for path in consumer.iterdir() if path.is_file() and os.access(path, os.X_OK)]
     assert len(programs) == 1
@@ -208,9 +176,9 @@ def test_other_processors_get_the_scalar_build(consumer_elsewhere):
     assert "avx" not in printed
 
 
-def test_kernel_units_export_their_table_and_nothing_else(consumer):
+def test_kernel_units_export_their_table_and_nothing_else(package):
     """Any other symbol could be merged with another unit's, and AVX code would reach a machine without AVX."""
-    for isa, path in kernel_objects(consumer):
+    for isa, path in kernel_objects(package):
         symbols = tool("nm", "--defined-only", "--extern-only", "--demangle", str(path)).split("\n")
         names = [line.split(maxsplit=2)[2] for line in symbols if line]
         assert names == [TABLES[path.name] + isa], (isa, path.name)
@@ -218,9 +186,9 @@ def test_kernel_units_export_their_table_and_nothing_else(consumer):
         assert ".init_array" not in sections, f"{isa}: runs code before main"
 
 
-def test_kernel_units_hold_the_code_they_are_named_for(consumer):
+def test_kernel_units_hold_the_code_they_are_named_for(package):
     expected = {"scalar": (False, False), "avx2": (True, False), "avx512": (True, True)}
-    for isa, path in kernel_objects(consumer):
+    for isa, path in kernel_objects(package):
         text = tool("objdump", "--disassemble", str(path))
         ymm, zmm = "%ymm" in text, "%zmm" in text
         if isa != "avx512":
@@ -231,9 +199,9 @@ def test_kernel_units_hold_the_code_they_are_named_for(consumer):
         assert not re.search(r"\bv?(rcp|rsqrt)\w*\s", text), f"{isa}: approximate arithmetic"
 
 
-def test_baseline_units_hold_no_avx(consumer):
+def test_baseline_units_hold_no_avx(package):
     """Dispatch itself, and all that runs before it, must run anywhere."""
-    objects = [path for path in consumer.rglob("*.cpp.o") if "kernels_" not in str(path)]
+    objects = [path for path in package.rglob("*.cpp.o") if "kernels_" not in str(path)]
     assert len(objects) >= 4
     for path in objects:
         assert not re.search(r"%[yz]mm", tool("objdump", "--disassemble", str(path))), path.name
