@@ -6,18 +6,24 @@ batch normalization (``onepass.BatchNorm``) before each ReLU, whose weights it s
 with other test samples, weights and batches, and the means are shown: a single run is luck as much as skill. A step on
 the network's parameters is timed against the same formula in NumPy (``numpy_rules.py``), after a check that both give
 the same parameters. The pictures come from ``race.py``.
+
+With ``--device cuda`` all of it runs on a CUDA device, in CuPy: the same code on other arrays. The figures differ from
+the CPU's in their last digits, because CuPy's matrix products add in another order than NumPy's; a step of onepass has
+the same bits on both.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NoReturn, TypeAlias
@@ -63,13 +69,14 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Standardized samples and their classes 0, 1, ..., split for training and test."""
+    """Standardized samples and their classes 0, 1, ..., split for training and test; on the host, or CuPy's."""
 
     x_train: Array
     y_train: Array
     x_test: Array
     y_test: Array
     classes: int
+    xp: Any = np  # the module that does the work
 
 
 @dataclass
@@ -186,21 +193,79 @@ def prepare(x: Array, y: Array, rng: np.random.Generator) -> Dataset:
     return Dataset(x[train], y[train], x[test], y[test], len(labels))
 
 
+# Devices
+
+
+class DeviceError(RuntimeError):
+    """Why a CUDA device cannot be used, in one line."""
+
+
+def cuda() -> Any:
+    """Return CuPy, once it is known that it and onepass work on a device.
+
+    Raises
+    ------
+    DeviceError
+        If something is missing.
+    """
+    try:
+        cupy = importlib.import_module("cupy")
+    except ImportError as error:
+        raise DeviceError(f"needs CuPy; pip install cupy-cuda12x or cupy-cuda13x ({error})") from None
+    try:
+        onepass.BatchNorm(1, device="cuda")
+    except Exception as error:
+        raise DeviceError(str(error)) from None
+    return cupy
+
+
+def device_name(data: Dataset) -> str:
+    """Return the name of the device that has the data."""
+    device: Any = data.x_train.device
+    properties = getattr(data.xp.cuda.runtime, "getDeviceProperties", None)
+    return f"device {device.id}" + (f", {properties(device.id)['name'].decode()}" if properties else "")
+
+
+def to_device(data: Dataset, cupy: Any) -> Dataset:
+    """Return the samples as CuPy arrays."""
+    arrays = {name: cupy.asarray(getattr(data, name)) for name in ("x_train", "y_train", "x_test", "y_test")}
+    return replace(data, xp=cupy, **arrays)
+
+
+def wait(data: Dataset) -> None:
+    """Wait until the device has done what it was given; the host does its work at once."""
+    if data.xp is not np:
+        data.xp.cuda.get_current_stream().synchronize()
+
+
+def to_host(array: Array) -> Array:
+    """Return a NumPy array."""
+    host: Array = array if isinstance(array, np.ndarray) else array.get()
+    return host
+
+
 # Training and timing
 
 
 def new_network(data: Dataset, run: int = 0, *, batch_norm: bool = True) -> MLP:
     """Return the network as it is before training; the weights of a run are the same for each optimizer."""
     sizes = (data.x_train.shape[1], *HIDDEN, data.classes)
-    return MLP(sizes, np.random.default_rng((1, run)), batch_norm=batch_norm)
+    return MLP(sizes, np.random.default_rng((1, run)), xp=data.xp, batch_norm=batch_norm)
 
 
 def batches(data: Dataset, rng: np.random.Generator) -> list[tuple[Array, Array]]:
     """Return the training samples of one epoch, shuffled."""
     order = rng.permutation(len(data.x_train))
     # A single sample has no variance to be normalized by: if one is left over, it joins the batch before.
-    chosen = np.split(order, range(BATCH, len(order) - 1, BATCH))
-    return [(data.x_train[index], data.y_train[index]) for index in chosen]
+    cuts = [0, *range(BATCH, len(order) - 1, BATCH), len(order)]
+    index = data.xp.asarray(order)
+    x, y = data.x_train.take(index, axis=0), data.y_train.take(index, axis=0)
+    return [(x[start:end], y[start:end]) for start, end in pairwise(cuts)]
+
+
+def library(data: Dataset) -> str:
+    """Return the name of what onepass is compared with."""
+    return "NumPy" if data.xp is np else "CuPy"
 
 
 def sample_gradients(data: Dataset) -> list[dict[str, Array]]:
@@ -216,10 +281,12 @@ def sample_gradients(data: Dataset) -> list[dict[str, Array]]:
 def compare(name: str, data: Dataset, gradients: Sequence[Mapping[str, Array]]) -> tuple[float, float]:
     """Check one optimizer against its formula in NumPy, then time a step of each on the network's parameters.
 
+    On a device the formula is CuPy's, and a step has ended when the device has done it.
+
     Returns
     -------
     (float, float)
-        Medians in microseconds: onepass, NumPy.
+        Medians in microseconds: onepass, NumPy or CuPy.
 
     Raises
     ------
@@ -239,17 +306,22 @@ def compare(name: str, data: Dataset, gradients: Sequence[Mapping[str, Array]]) 
         optimizer.step(grads)
         numpy_step(t, grads)
     for key, param in theirs.items():
-        # The same bits; the tolerance is only for subnormal numbers, which onepass takes for 0.
-        tiny = float(np.finfo(param.dtype).tiny)
-        np.testing.assert_allclose(ours[key], param, rtol=0, atol=tiny, err_msg=f"{name} and NumPy differ in {key}")
+        # NumPy: the same bits; the tolerance is only for subnormal numbers, which onepass takes for 0. CuPy promises no
+        # bits: its functions (powers, say) may round otherwise.
+        rtol, atol = (0.0, float(np.finfo(param.dtype).tiny)) if data.xp is np else (1e-4, 1e-6)
+        message = f"{name} and {library(data)} differ in {key}"
+        np.testing.assert_allclose(to_host(ours[key]), to_host(param), rtol=rtol, atol=atol, err_msg=message)
 
     times = []
     grads = gradients[0]
     for t in range(len(gradients) + 1, len(gradients) + TIMED_STEPS + 1):  # in turn, so that both meet the same noise
+        wait(data)
         start = time.perf_counter_ns()
         optimizer.step(grads)
+        wait(data)
         middle = time.perf_counter_ns()
         numpy_step(t, grads)
+        wait(data)
         times.append((middle - start, time.perf_counter_ns() - middle))
     ours_ns, theirs_ns = np.median(times, axis=0)
     return float(ours_ns) / 1e3, float(theirs_ns) / 1e3
@@ -311,14 +383,14 @@ def run(names: Sequence[str], splits: Sequence[Dataset], epochs: int, console: A
 # What is shown
 
 
-def show(results: Mapping[str, Result], runs: str, parameters: int, console: Any) -> None:
+def show(results: Mapping[str, Result], runs: str, parameters: int, peer: str, console: Any) -> None:
     """Print the table, and what it says about batch normalization."""
     from rich.table import Table
 
     step = f"one step on {parameters:,} parameters, float32: median of {TIMED_STEPS}"
     table = Table(title=f"{runs.capitalize()}; {step}", title_style="")
     table.add_column("optimizer")
-    for heading in ("lr", "train\nloss", "test\nacc.", "acc.\nwith BN", "onepass\nus", "NumPy\nus", "ratio"):
+    for heading in ("lr", "train\nloss", "test\nacc.", "acc.\nwith BN", "onepass\nus", f"{peer}\nus", "ratio"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, result in results.items():
         table.add_row(
@@ -422,6 +494,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
     parser.add_argument(
         "--out", type=Path, default="demo", metavar="DIR", help="of the pictures (default: %(default)s)"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to work (default: %(default)s)")
     parser.add_argument("--no-plots", action="store_true", help="write no pictures")
     return parser, parser.parse_args(argv)
 
@@ -436,12 +509,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             writable_folder(options.out)
         x, y = load_file(options.data) if options.data else load_digits()
         splits = [prepare(x, y, np.random.default_rng((0, number))) for number in range(options.runs)]
+        if options.device == "cuda":
+            cupy = cuda()
+            splits = [to_device(data, cupy) for data in splits]
         from rich.console import Console
 
         if not options.no_plots:
             import race  # noqa: F401
     except ModuleNotFoundError as error:
         parser.error(f"needs the package {error.name}; get all with: pip install 'onepass[demo]'")
+    except DeviceError as error:
+        parser.error(f"argument --device: {error}")
     except DataError as error:
         parser.error(f"argument --data: {options.data}: {error}")
     except OSError as error:
@@ -452,13 +530,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = splits[0]
     sizes = "-".join(str(n) for n in (data.x_train.shape[1], *HIDDEN, data.classes))
     console.print(f"onepass {onepass.__version__}, isa {onepass.isa()}, threads {onepass.get_num_threads()}")
+    if options.device == "cuda":
+        console.print(
+            f"CuPy {data.xp.__version__} on {device_name(data)}, whose sums are not NumPy's to the last digit"
+        )
     console.print(f"{source}: {len(data.x_train)} training and {len(data.x_test)} test samples, network {sizes}\n")
     with np.errstate(over="ignore", invalid="ignore"):  # a training that diverges shows in its loss
         results = run(names, splits, options.epochs, console)
     parameters = sum(param.size for param in new_network(data).params.values())
     console.print()
     runs = "one run" if options.runs == 1 else f"mean of {options.runs} runs"
-    show(results, runs, parameters, console)
+    show(results, runs, parameters, library(data), console)
     if not options.no_plots:
         title = f"Training a {sizes} network on {source}, {runs}, every step by onepass"
         for file in draw(results, title, options.out, console):

@@ -1,4 +1,4 @@
-"""A multi-layer perceptron for classification: forward and backward in plain NumPy, batch normalization by onepass."""
+"""A multi-layer perceptron for classification: plain NumPy, or CuPy; batch normalization by onepass."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ class MLP:
         Draws the initial weights: normal, with variance 2 / inputs (K. He et al., 2015, eq. 10). Biases start at 0.
     dtype : dtype, default float32
         Of the parameters, and so of the whole computation.
+    xp : module, default NumPy
+        Whose arrays the parameters are: with CuPy all work is done on its current device.
     batch_norm : bool, default False
         Whether to normalize what goes into each ReLU. The bias before it would have no effect then, and is left out.
 
@@ -44,20 +46,23 @@ class MLP:
         rng: np.random.Generator,
         dtype: npt.DTypeLike = np.float32,
         *,
+        xp: Any = np,
         batch_norm: bool = False,
     ) -> None:
+        self.xp = xp
         self.depth = len(sizes) - 1
         self.params: dict[str, Array] = {}
         self.norms: dict[int, onepass.BatchNorm] = {}
         for layer, (inputs, outputs) in enumerate(pairwise(sizes), start=1):
             weight = rng.standard_normal((inputs, outputs)) * np.sqrt(2.0 / inputs)
-            self.params[f"fc{layer}.weight"] = weight.astype(dtype)
+            self.params[f"fc{layer}.weight"] = xp.asarray(weight.astype(dtype))
             if batch_norm and layer < self.depth:
-                norm = self.norms[layer] = onepass.BatchNorm(outputs, activation="relu", dtype=dtype)
+                device = "cpu" if xp is np else "cuda"
+                norm = self.norms[layer] = onepass.BatchNorm(outputs, activation="relu", dtype=dtype, device=device)
                 # The arrays of the layer itself: what an optimizer does to them, it does to the layer.
                 self.params |= {f"bn{layer}.{name}": param for name, param in norm.parameters().items()}
             else:
-                self.params[f"fc{layer}.bias"] = np.zeros(outputs, dtype)
+                self.params[f"fc{layer}.bias"] = xp.zeros(outputs, dtype)
 
     def forward(self, x: Array, *, training: bool = False) -> list[Array]:
         """Return the input of every layer, then the logits.
@@ -73,7 +78,7 @@ class MLP:
             else:
                 x = x + self.params[f"fc{layer}.bias"]
                 if layer < self.depth:
-                    x = np.maximum(x, 0)
+                    x = self.xp.maximum(x, 0)
             values.append(x)
         return values
 
@@ -81,8 +86,8 @@ class MLP:
         """Go forward in training and back; return the gradients of the mean cross-entropy, named as the parameters."""
         values = self.forward(x, training=True)
         # Softmax and cross-entropy together: their gradient by the logits is (probability - one hot) / samples.
-        delta = np.exp(_log_softmax(values[-1]))
-        delta[np.arange(len(y)), y] -= 1
+        delta = self.xp.exp(self._log_softmax(values[-1]))
+        delta -= self._one_hot(y, delta.shape[1])
         delta /= len(y)
         grads: dict[str, Array] = {}
         for layer in range(self.depth, 0, -1):
@@ -104,10 +109,15 @@ class MLP:
     def evaluate(self, x: Array, y: Array) -> tuple[float, float]:
         """Return the mean cross-entropy and the fraction of samples that are classified correctly."""
         logits = self.forward(x)[-1]
-        loss = -_log_softmax(logits)[np.arange(len(y)), y].mean()
+        chosen = self.xp.where(self._one_hot(y, logits.shape[1]), self._log_softmax(logits), 0)
+        loss = -chosen.sum(axis=1).mean()
         return float(loss), float((logits.argmax(axis=1) == y).mean())
 
+    def _one_hot(self, y: Array, classes: int) -> Array:
+        is_class: Array = y[:, None] == self.xp.arange(classes)
+        return is_class
 
-def _log_softmax(logits: Array) -> Array:
-    logits = logits - logits.max(axis=1, keepdims=True)  # the exponential of a large logit would overflow
-    return np.asarray(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
+    def _log_softmax(self, logits: Array) -> Array:
+        logits = logits - logits.max(axis=1, keepdims=True)  # the exponential of a large logit would overflow
+        log_softmax: Array = logits - self.xp.log(self.xp.exp(logits).sum(axis=1, keepdims=True))
+        return log_softmax

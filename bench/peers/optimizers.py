@@ -178,6 +178,7 @@ def kernel_step(rule: str, data: Data) -> Step:
         stochastic=False,
         accumulate=1,
     )
+    updater.check(None)
     return functools.partial(updater.step, data.grads, [lambda t: recipe])
 
 
