@@ -15,8 +15,8 @@ PIP       := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test large lint format sanitize sanitize-memory sanitize-threads valgrind emulate fuzz \
-  free-threaded free-threaded-tests bench clean
+.PHONY: help venv demo test large lint format sanitize sanitize-memory sanitize-threads valgrind emulate cuda-on-host \
+  fuzz free-threaded free-threaded-tests bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "%-16s %s\n", $$1, $$2}'
@@ -26,14 +26,20 @@ $(BIN)/python:
 	$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 
-# Built once, whatever it is installed for.
+# Built once, whatever it is installed for. CUDA kernels are part of it where nvcc is found. Tests read what is left in
+# the folder of the build: objects, and what nvcc made on its way to them.
 WHEEL := $(VENV)/wheel
+BUILD := build/wheel
 $(WHEEL)/.built: $(SOURCES) | $(BIN)/python
 	rm -rf $(WHEEL)
 	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(BIN)/python -m pip wheel --disable-pip-version-check --quiet --no-deps \
-	  --wheel-dir $(WHEEL) -Cbuild-dir=build/wheel .
+	  --wheel-dir $(WHEEL) -Cbuild-dir=$(BUILD) -Ccmake.define.ONEPASS_CUDA_KEEP=ON .
 	$(PIP) --force-reinstall --no-deps $(WHEEL)/onepass-*.whl
 	@touch $@
+
+KERNELS := $(BUILD)/libonepass_cpu.a
+$(KERNELS): $(WHEEL)/.built
+	@test -f $@ || { rm $<; $(MAKE) --no-print-directory $<; }
 
 # One stamp for each set of extras, so that `make demo` does not install the test tools.
 $(VENV)/.installed-%: $(WHEEL)/.built pyproject.toml
@@ -45,33 +51,46 @@ venv: $(VENV)/.installed-$(EXTRAS) ## build and install into .venv, with what th
 demo: $(VENV)/.installed-demo ## train on the handwritten digits with every optimizer; pictures in demo/
 	$(BIN)/python examples/digits.py $(DEMO)
 
-test: venv ## build and run the tests; ARGS goes to pytest
-	$(BIN)/python $(PYTEST) -m "not large" $(ARGS)
+test: venv $(KERNELS) ## build and run the tests; ARGS goes to pytest
+	ONEPASS_BUILD="$(CURDIR)/$(BUILD)" $(BIN)/python $(PYTEST) -m "not large" $(ARGS)
 
 large: venv ## the tests that need up to 10 GB of memory, one after the other
 	$(BIN)/python -m pytest -m large $(ARGS)
 
+# clang-tidy reads the sources of CUDA as the host's compiler does, and each kernel unit for one instruction set: each
+# header of simd/ is in some unit, and a third of the time is left.
+TIDIED := kernels.cpp=scalar step_kernels.cpp=avx512 batchnorm_kernels.cpp=avx2
 lint: $(VENV)/.installed-lint ## formatters and static analysis, of Python and C++
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell
-	git ls-files '*.cpp' '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/cmake -S . -B build/lint -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" -DONEPASS_PYTHON=ON \
-	  -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" > /dev/null
-	git ls-files 'csrc/*.cpp' | xargs -n 1 -P $(JOBS) $(BIN)/clang-tidy -p build/lint --quiet --warnings-as-errors='*'
+	  -DONEPASS_CUDA_ON_HOST=ON -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
+	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" > /dev/null
+	$(BIN)/python tests/tidied.py build/lint/compile_commands.json $(TIDIED)
+	git ls-files 'csrc/*.cpp' | xargs ls -S | \
+	  xargs -n 1 -P $(JOBS) $(BIN)/clang-tidy -p build/lint --quiet --warnings-as-errors='*'
 
 format: $(VENV)/.installed-lint ## rewrite the sources as the formatters want them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files '*.cpp' '*.h' | xargs $(BIN)/clang-format -i
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
 
 sanitize: sanitize-memory sanitize-threads ## the tests under AddressSanitizer, UBSan and ThreadSanitizer
 
 # A sanitized package lies beside the ordinary one and is put in front of it. LeakSanitizer is off: CPython keeps memory
 # until the process ends. What is left out runs the same code as the rest (the demo, the documents, the benchmarks,
 # comparisons with formulas and with other libraries) or none of it, or measures memory, which the sanitizer keeps.
-UNSANITIZED := demo docs bench isa textbook presets worked_examples schedules reference batchnorm_numerics soak
+UNSANITIZED := demo docs bench isa textbook presets worked_examples schedules reference batchnorm_numerics soak \
+  cuda_build batchnorm_plan
+# Numbers are not in question there: what runs the same loops over arrays with the same ends is run once, rules with one
+# number of threads, and not by optimizers again; many blocks in one dtype.
+ACCESSES := not (rule_equals_expression and (-1- or -5-)) and not optimizer_equals_expression \
+  and not (over_many_blocks and not float32) and not (over_more_than_128_blocks and not bare)
+# Valgrind sees every AVX2 kernel with arrays of any end. Where the processor has AVX-512, that is left to it.
+LEFT_OUT := $(shell grep -qs avx512vl /proc/cpuinfo && echo avx2)
 preloaded = LD_PRELOAD="$$($(CXX) -print-file-name=$(1)) $$($(CXX) -print-file-name=libstdc++.so)" \
   PYTHONPATH="$(CURDIR)/build/$(2)"
 MEMORY_ENV = $(call preloaded,libasan.so,sanitized) ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 \
@@ -79,9 +98,11 @@ MEMORY_ENV = $(call preloaded,libasan.so,sanitized) ASAN_OPTIONS=detect_leaks=0:
 sanitize-memory: venv
 	rm -rf build/sanitized
 	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(PIP) --no-deps --target build/sanitized -Cbuild-dir=build/sanitize \
-	  -Cinstall.strip=false -Ccmake.define.ONEPASS_SANITIZE=address,undefined .
+	  -Cinstall.strip=false -Ccmake.define.ONEPASS_CUDA=OFF -Ccmake.define.ONEPASS_LEFT_OUT=$(LEFT_OUT) \
+	  -Ccmake.define.ONEPASS_SANITIZE=address,undefined .
 	$(MEMORY_ENV) $(BIN)/python -c 'import onepass; print("sanitized:", onepass.__file__)' | grep build/sanitized
-	$(MEMORY_ENV) $(BIN)/python $(PYTEST) -m "not large" $(UNSANITIZED:%=--ignore tests/test_%.py) $(ARGS)
+	$(MEMORY_ENV) $(BIN)/python $(PYTEST) -m "not large" $(UNSANITIZED:%=--ignore tests/test_%.py) -k "$(ACCESSES)" \
+	  $(ARGS)
 
 # The interpreter is not instrumented, but its locks are seen, and so are allocations and copies of memory. Findings go
 # to files, because a test that passes shows none. Kernels are the scalar ones: ThreadSanitizer knows no masked vector
@@ -89,8 +110,9 @@ sanitize-memory: venv
 THREADED_TESTS := tests/test_threads.py tests/test_processes.py tests/test_lifetime.py tests/test_batchnorm.py \
   tests/test_buffer_pool.py tests/test_whole_step.py
 THREADED := thread or fork or process or at_once or snapshot_is_of_one_step
-# Where a signal arrives, and how a process ends, is no question of races.
-RACED := ($(THREADED)) and not (processes and (interrupt or signal or alarms or the_end or ends_a_process or interpreter))
+# Where a signal arrives, how a process ends, what a child forked within a pass finds: no questions of races.
+RACED := ($(THREADED)) and not (processes and \
+  (interrupt or signal or alarms or the_end or ends_a_process or interpreter or middle_of_a_pass))
 FIXED := $$(setarch -R true 2> /dev/null && echo setarch -R)
 THREADS_ENV = $(FIXED) env $(call preloaded,libtsan.so,threads) \
   TSAN_OPTIONS=die_after_fork=0:history_size=4:log_path=$(CURDIR)/build/races/of
@@ -100,7 +122,8 @@ sanitize-threads: venv
 	  -o build/stress_parallel
 	$(FIXED) build/stress_parallel
 	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(PIP) --no-deps --target build/threads -Cbuild-dir=build/sanitize-threads \
-	  -Cinstall.strip=false -Ccmake.define.ONEPASS_SANITIZE=thread -Ccmake.define.ONEPASS_ONLY_SCALAR=ON .
+	  -Cinstall.strip=false -Ccmake.define.ONEPASS_CUDA=OFF -Ccmake.define.ONEPASS_SANITIZE=thread \
+	  -Ccmake.define.ONEPASS_ONLY_SCALAR=ON .
 	$(THREADS_ENV) $(BIN)/python -c 'import onepass; print("sanitized:", onepass.__file__)' | grep build/threads
 	$(THREADS_ENV) $(BIN)/python $(PYTEST) $(THREADED_TESTS) -k "$(RACED)" $(ARGS) || \
 	  { cat build/races/* 2> /dev/null; exit 1; }
@@ -110,10 +133,6 @@ sanitize-threads: venv
 # are half within an array are errors as well. The kernels are those of the package.
 MEMCHECKED ?= scalar avx2
 MEMCHECK   := valgrind --quiet --error-exitcode=1 --track-origins=yes --partial-loads-ok=no
-KERNELS := build/wheel/libonepass_cpu.a
-$(KERNELS): $(WHEEL)/.built
-	@test -f $@ || { rm $<; $(MAKE) --no-print-directory $<; }
-
 valgrind: $(KERNELS) ## one pass of every kernel, scalar and AVX2, under Valgrind's memcheck
 	$(CXX) -std=c++20 -O1 -g -Icsrc tests/cpp/every_kernel.cpp $(KERNELS) -pthread -o build/every_kernel
 	printf '%s\n' $(MEMCHECKED) | xargs -I{} -P $(JOBS) $(MEMCHECK) build/every_kernel {} $(MEMCHECKED)
@@ -154,6 +173,27 @@ emulate-%: venv
 	  "$(ISAS_$*) $(lastword $(ISAS_$*))"
 	$(BIN)/python-$* $(PYTEST) -m "not large" $(UNEMULATED) $(or $(ARGS),$(EMULATED_$*) $(EMULATED_TESTS))
 
+# The installed package with another _cuda: the kernels for CUDA devices, compiled for the host, where a grid is a loop
+# (tests/cuda_on_host). SANITIZE=address,undefined builds that with sanitizers.
+ON_HOST := build/cuda_on_host
+ON_HOST_SITE := $(CURDIR)/$(ON_HOST)/site
+ON_HOST_ENV = $(if $(SANITIZE),$(call preloaded,libasan.so,cuda_on_host/site) ASAN_OPTIONS=detect_leaks=0) \
+  PYTHONPATH="$(ON_HOST_SITE):$(CURDIR)/tests/cuda_on_host" \
+  ONEPASS_CUDA_ON_HOST="$(ON_HOST_SITE)/onepass/libcuda_on_host.so"
+cuda-on-host: venv ## the tests marked `cuda`, with the kernels for CUDA devices compiled for the host
+	$(BIN)/cmake -S . -B $(ON_HOST)/build -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" -DONEPASS_PYTHON=ON \
+	  -DONEPASS_CUDA_ON_HOST=ON -DONEPASS_SANITIZE=$(SANITIZE) -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
+	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" > /dev/null
+	$(BIN)/cmake --build $(ON_HOST)/build --parallel $(JOBS) --target _cuda cuda_on_host_selftest
+	$(ON_HOST)/build/tests/cuda_on_host/cuda_on_host_selftest
+	rm -rf $(ON_HOST)/site && mkdir -p $(ON_HOST)/site
+	cp -r "$$($(BIN)/python -c 'import onepass, os; print(os.path.dirname(onepass.__file__))')" $(ON_HOST)/site
+	rm -f $(ON_HOST)/site/onepass/_cuda.*.so
+	cp $(ON_HOST)/build/_cuda.*.so $(ON_HOST)/build/tests/cuda_on_host/libcuda_on_host.so $(ON_HOST)/site/onepass
+	$(ON_HOST_ENV) $(BIN)/python -m onepass | grep 'built for the host'
+	$(ON_HOST_ENV) $(BIN)/python $(PYTEST) tests/cuda_on_host
+	$(ON_HOST_ENV) $(BIN)/python $(PYTEST) -m cuda $(or $(ARGS),$$(grep -l 'mark\.cuda' tests/test_*.py))
+
 bench: venv ## compare with the peers that are installed; results in bench/results
 	$(BIN)/python bench/peers/optimizers.py
 	$(BIN)/python bench/peers/batchnorm.py
@@ -174,7 +214,8 @@ UNLOCKED := build/free-threaded/bin/python
 free-threaded-tests:
 	$(PYTHON_T) -m venv --clear build/free-threaded
 	$(UNLOCKED) -m pip install --disable-pip-version-check --quiet --only-binary :all: hypothesis ml_dtypes numpy pytest
-	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(UNLOCKED) -m pip install --disable-pip-version-check --quiet --no-deps .
+	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(UNLOCKED) -m pip install --disable-pip-version-check --quiet --no-deps \
+	  -Ccmake.define.ONEPASS_CUDA=OFF .
 	PYTHON_GIL=0 $(UNLOCKED) -c 'import sys, onepass; sys.exit(sys._is_gil_enabled())'
 	PYTHON_GIL=0 $(UNLOCKED) -m pytest $(THREADED_TESTS) -k "$(THREADED)" $(ARGS)
 
