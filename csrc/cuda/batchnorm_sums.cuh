@@ -330,7 +330,6 @@ __device__ __forceinline__ void write_used(const BatchnormForward& call, std::si
 }
 
 // Mean, 1 / deviation and running statistics of a channel from its sums.
-
 template <class D>
 __device__ __forceinline__ Statistics statistics_of(const BatchnormTiling& t, const BatchnormForward& call,
                                                     std::size_t channel, Sums sums, bool writes) {

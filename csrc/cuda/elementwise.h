@@ -102,9 +102,8 @@ HD void for_random_elements(const RandomKey& key, bool rounds, bool noisy, std::
 //   needed               false: nothing is to be done
 //   key, rounds, noisy   of random numbers
 //   run<V>(element, random)
-//   blocks               that a multiprocessor shall have room for: left to itself, the compiler spills registers to
-//   have
-//                        room for one more
+//   blocks               for which a multiprocessor shall have room; left to itself, the compiler spills registers so
+//                        that there is room for one more
 template <class Body, class TableType>
 __global__ void __launch_bounds__(kThreads, Body::blocks) for_elements(const __grid_constant__ TableType table) {
   const std::uint32_t k =

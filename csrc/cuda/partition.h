@@ -98,8 +98,7 @@ constexpr std::uint8_t head_of(const std::uintptr_t* addresses, const std::size_
   return kInGroups;
 }
 
-// --- Arrays whose elements lie in another order, or at odd addresses: they are copied into order and back
-// --------------
+// --- Arrays in another order, or at odd addresses: they are copied into order and back -------------------------------
 
 inline constexpr std::size_t kMaxAxes = 64;
 
