@@ -103,7 +103,7 @@ EXACT = re.compile(
       | setp\.[a-z]+(\.(and|or|xor))?\.(ftz\.f32|f64)
       | (copysign|selp|mov)\.(f32|f64)
       | (ld|st)\.[a-z0-9.:]+
-      | cvt\.ftz\.f64\.f32 | cvt\.rn\.ftz\.f32\.f64
+      | cvt\.ftz\.f64\.f32 | cvt\.f32\.f16 | cvt\.rn\.ftz\.f32\.f64
       | cvt\.rn\.(f32|f64)\.[us](16|32|64) | cvt\.rzi\.(ftz\.)?[us](32|64)\.(f32|f64)
       | cvt\.rn\.bf16(x2)?\.f32""",
     re.VERBOSE,
