@@ -179,7 +179,7 @@ ON_HOST := build/cuda_on_host
 ON_HOST_SITE := $(CURDIR)/$(ON_HOST)/site
 ON_HOST_ENV = $(if $(SANITIZE),$(call preloaded,libasan.so,cuda_on_host/site) ASAN_OPTIONS=detect_leaks=0) \
   PYTHONPATH="$(ON_HOST_SITE):$(CURDIR)/tests/cuda_on_host" \
-  ONEPASS_CUDA_ON_HOST="$(ON_HOST_SITE)/onepass/libcuda_on_host.so"
+  ONEPASS_CUDA_ON_HOST="$(CURDIR)/$(ON_HOST)/build/tests/cuda_on_host/libcuda_on_host.so"
 cuda-on-host: venv ## the tests marked `cuda`, with the kernels for CUDA devices compiled for the host
 	$(BIN)/cmake -S . -B $(ON_HOST)/build -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" -DONEPASS_PYTHON=ON \
 	  -DONEPASS_CUDA_ON_HOST=ON -DONEPASS_SANITIZE=$(SANITIZE) -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
@@ -189,7 +189,7 @@ cuda-on-host: venv ## the tests marked `cuda`, with the kernels for CUDA devices
 	rm -rf $(ON_HOST)/site && mkdir -p $(ON_HOST)/site
 	cp -r "$$($(BIN)/python -c 'import onepass, os; print(os.path.dirname(onepass.__file__))')" $(ON_HOST)/site
 	rm -f $(ON_HOST)/site/onepass/_cuda.*.so
-	cp $(ON_HOST)/build/_cuda.*.so $(ON_HOST)/build/tests/cuda_on_host/libcuda_on_host.so $(ON_HOST)/site/onepass
+	cp $(ON_HOST)/build/_cuda.*.so $(ON_HOST)/site/onepass
 	$(ON_HOST_ENV) $(BIN)/python -m onepass | grep 'built for the host'
 	$(ON_HOST_ENV) $(BIN)/python $(PYTEST) tests/cuda_on_host
 	$(ON_HOST_ENV) $(BIN)/python $(PYTEST) -m cuda $(or $(ARGS),$$(grep -l 'mark\.cuda' tests/test_*.py))
