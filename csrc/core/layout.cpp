@@ -76,6 +76,7 @@ bool is_dense(std::span<const std::ptrdiff_t> shape, std::span<const std::ptrdif
 }
 
 bool repeats(std::span<const std::ptrdiff_t> shape, std::span<const std::ptrdiff_t> strides, std::size_t itemsize) {
+  if (is_dense(shape, strides, itemsize)) return false;  // nearly always, and without asking for memory
   std::vector<std::size_t> axes;
   for (std::size_t k = 0; k < shape.size(); ++k) {
     if (shape[k] == 0) return false;

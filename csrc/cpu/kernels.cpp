@@ -26,11 +26,21 @@ Isa update(const Part& part) {
   S rounded[kMaxCoefficients] = {};
   round_coefficients(part.coefficients, Rule::coefficients.count, rounded);
   const auto coefs = as_coefficients<Rule>(rounded);
+  const auto update_with = [=](const Surroundings<S>& around) __attribute__((always_inline)) {
+    for_each_vector<Wide<S>>(streams.data[kParam], kItem<typename St::Param>, part.count,
+                             [=](std::size_t i, auto lanes) __attribute__((always_inline)) {
+                               step<Rule, St, whole, Wide<S>>(i, streams, coefs, around, random, mirror, lanes);
+                             });
+  };
   const auto around = surroundings_of<S>(part);
-  for_each_vector<Wide<S>>(streams.data[kParam], kItem<typename St::Param>, part.count,
-                           [=](std::size_t i, auto lanes) __attribute__((always_inline)) {
-                             step<Rule, St, whole, Wide<S>>(i, streams, coefs, around, random, mirror, lanes);
-                           });
+  if constexpr (!whole) {
+    // A loop of its own, without their branches: compilers take them out of small loops only.
+    if (around.has_none()) {
+      update_with(Surroundings<S>::none());
+      return kIsa;
+    }
+  }
+  update_with(around);
   return kIsa;
 }
 
