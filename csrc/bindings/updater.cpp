@@ -207,8 +207,7 @@ class Updater final : public Naming {
     auto counts = std::make_shared<DeviceCounts>(group_of_, plain_counts(), devices_,
                                                  std::vector<bool>(arrays_.size(), true), skipped_, devices_.front());
     counts->prepare(steps, [&](std::size_t group, std::int64_t t) -> const Setting& {
-      cohorts_.clear();  // one at a time: there may be a million
-      cohort_index_.clear();
+      forget_cohorts();  // one at a time: there may be a million
       return *setting_for(group, t, recipes);
     });
     {
@@ -307,6 +306,7 @@ class Updater final : public Naming {
     std::int64_t t;
     Setting setting;
   };
+  static constexpr std::size_t kFewCohorts = 8;
 
   // Drops, at the end of a step that passed or failed, what it held of the caller's; and at its beginning, what a
   // thread was about to step that a fork has left behind.
@@ -319,8 +319,7 @@ class Updater final : public Naming {
       updater.grads_.clear();
       updater.stepped_.clear();
       updater.settings_of_.clear();
-      updater.cohorts_.clear();
-      updater.cohort_index_.clear();
+      updater.forget_cohorts();
     }
     Release(const Release&) = delete;
     Release& operator=(const Release&) = delete;
@@ -481,19 +480,33 @@ class Updater final : public Naming {
 
   // Parameters that have received equally many gradients share one setting; nearly always that is a group.
   Setting* setting_for(std::size_t group, std::int64_t t, const py::list& recipes) {
-    if (!cohorts_.empty() && cohorts_.back().group == group && cohorts_.back().t == t) return &cohorts_.back().setting;
-    if (!cohorts_.empty()) {
-      const auto found = cohort_index_.find({group, t});
-      if (found != cohort_index_.end()) return &found->second->setting;
-    }
+    if (Cohort* const known = find_cohort(group, t)) return &known->setting;
     const py::object recipe = recipes[group];
     const auto count = py::reinterpret_steal<py::object>(PyLong_FromLongLong(t));
     const auto result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(recipe.ptr(), count.ptr()));
     if (!result) throw py::error_already_set();
-    const Setting setting = read_setting(kernels_[group], result, t);
-    if (!cohorts_.empty()) cohort_index_[{cohorts_.back().group, cohorts_.back().t}] = &cohorts_.back();
-    cohorts_.push_back({group, t, setting});
-    return &cohorts_.back().setting;
+    Setting setting = read_setting(kernels_[group], result, t);
+    if (used_cohorts_ == cohorts_.size()) cohorts_.emplace_back();
+    Cohort& cohort = cohorts_[used_cohorts_++];
+    cohort = {group, t, std::move(setting)};
+    if (used_cohorts_ > kFewCohorts) cohort_index_[{group, t}] = &cohort;
+    return &cohort.setting;
+  }
+
+  // The last one first. The index, whose nodes are allocated, has those behind the first few.
+  Cohort* find_cohort(std::size_t group, std::int64_t t) {
+    const auto is_meant = [&](const Cohort& cohort) { return cohort.group == group && cohort.t == t; };
+    if (used_cohorts_ > 0 && is_meant(cohorts_[used_cohorts_ - 1])) return &cohorts_[used_cohorts_ - 1];
+    for (std::size_t k = 0; k < std::min(used_cohorts_, kFewCohorts); ++k) {
+      if (is_meant(cohorts_[k])) return &cohorts_[k];
+    }
+    const auto found = cohort_index_.find({group, t});
+    return found == cohort_index_.end() ? nullptr : found->second;
+  }
+
+  void forget_cohorts() {
+    used_cohorts_ = 0;
+    cohort_index_.clear();
   }
 
   std::vector<std::string> rules_;
@@ -535,7 +548,8 @@ class Updater final : public Naming {
   std::vector<py::object> grads_;
   std::vector<std::size_t> stepped_;
   std::vector<Setting*> settings_of_;
-  std::deque<Cohort> cohorts_;
+  std::deque<Cohort> cohorts_;  // of which so many are used; those behind them keep their memory
+  std::size_t used_cohorts_ = 0;
   std::map<std::pair<std::size_t, std::int64_t>, Cohort*> cohort_index_;
 };
 
