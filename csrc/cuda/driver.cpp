@@ -28,7 +28,8 @@ const UpdateKernels& update_kernels(const Kernel& kernel, std::size_t storage) {
       if (std::string_view(row.rule) == kernel.rule) return row.storages[storage];
     }
   }
-  throw std::runtime_error(std::string("rule ") + kernel.rule + " has no CUDA kernels: the modules are of two builds");
+  throw std::runtime_error(std::string("rule ") + kernel.rule + " has no CUDA kernels" +
+                           (kernel.yardstick ? ": it is a yardstick of the CPU" : ": the modules are of two builds"));
 }
 
 bool is_double(const Tensor& tensor) { return compute_type(tensor) == DType::float64; }

@@ -79,9 +79,10 @@ constexpr RuleKernels row(TypeList<Sts...> /*storages*/, const Rule* /*rule*/) {
   return {Rule::name, {kernels_of<Rule, Sts>()...}};
 }
 
-template <class... Rs, class... Ys>
-std::tuple<Rs*..., Ys*...> all_rules(TypeList<Rs...>, TypeList<Ys...>);
-using AllRules = decltype(all_rules(Rules{}, Yardsticks{}));
+// Yardsticks are the CPU's alone: what a device can do is shown by a copy.
+template <class... Rs>
+std::tuple<Rs*...> all_rules(TypeList<Rs...>);
+using AllRules = decltype(all_rules(Rules{}));
 
 constexpr std::size_t kRows = (std::tuple_size_v<AllRules> + kUpdateParts - 1 - ONEPASS_PART) / kUpdateParts;
 
