@@ -16,7 +16,8 @@ PIP       := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv demo test large lint format sanitize sanitize-memory sanitize-threads valgrind emulate cuda-on-host \
-  fuzz free-threaded free-threaded-tests bench clean
+  fuzz free-threaded free-threaded-tests bench bench-guard bench-micro bench-peers bench-report \
+  bench-roofline clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "%-16s %s\n", $$1, $$2}'
@@ -82,12 +83,14 @@ sanitize: sanitize-memory sanitize-threads ## the tests under AddressSanitizer, 
 
 # A sanitized package lies beside the ordinary one and is put in front of it. LeakSanitizer is off: CPython keeps memory
 # until the process ends. What is left out runs the same code as the rest (the demo, the documents, the benchmarks,
-# comparisons with formulas and with other libraries) or none of it, or measures memory, which the sanitizer keeps.
-UNSANITIZED := demo docs bench isa textbook presets worked_examples schedules reference batchnorm_numerics soak \
-  cuda_build batchnorm_plan
+# comparisons with formulas and with other libraries, the matrix of bad input, whose kinds bad_inputs has, too) or none
+# of it, or measures memory, which the sanitizer keeps.
+UNSANITIZED := demo docs bench bench_gpu bench_guard bench_micro bench_report counts isa textbook presets \
+  worked_examples schedules reference batchnorm_numerics soak cuda_build batchnorm_plan bad_input_matrix
 # Numbers are not in question there: what runs the same loops over arrays with the same ends is run once, rules with one
-# number of threads, and not by optimizers again; many blocks in one dtype.
+# number of threads, and not by optimizers again or through functions; many blocks in one dtype.
 ACCESSES := not (rule_equals_expression and (-1- or -5-)) and not optimizer_equals_expression \
+  and not option_alone_through_functional \
   and not (over_many_blocks and not float32) and not (over_more_than_128_blocks and not bare)
 # Valgrind sees every AVX2 kernel with arrays of any end. Where the processor has AVX-512, that is left to it.
 LEFT_OUT := $(shell grep -qs avx512vl /proc/cpuinfo && echo avx2)
@@ -144,14 +147,15 @@ QEMU_Nehalem := Nehalem
 ISAS_Nehalem := scalar
 QEMU_Haswell := Haswell-noTSX,-pcid,-x2apic,-tsc-deadline,-invpcid
 ISAS_Haswell := scalar avx2
-# What is bound to an instruction set: whole steps, batch normalization, threads, and without AVX every rule in every
-# storage; with AVX2 Valgrind has seen those on such a machine. Emulated, a test takes ten times as long. Objects are
-# built and read by the real processor: no need to do it here.
-EMULATED_Nehalem := tests/test_storage.py::test_every_rule_in_every_storage
-EMULATED_TESTS := tests/test_isa.py tests/test_worked_examples.py tests/test_threads.py \
+# What is bound to an instruction set: the choice of one, whole steps, batch normalization, threads, and without AVX every
+# rule in every storage. Valgrind sees all AVX2 kernels on a machine that has AVX2 alone, so there the choice is left to
+# show. Emulated, a test takes ten times as long. Objects are built and read by the real processor: no need to do it here.
+EMULATED_Nehalem := tests/test_isa.py tests/test_worked_examples.py tests/test_threads.py \
+  tests/test_storage.py::test_every_rule_in_every_storage \
   tests/test_storage.py::test_every_storage_with_all_that_rides_along \
-  tests/test_batchnorm_bits.py::test_layer_equals_expression_over_batches \
-  -k "not consumer and not kernel_units and not other_processors and not baseline_units \
+  tests/test_batchnorm_bits.py::test_layer_equals_expression_over_batches
+EMULATED_Haswell := tests/test_isa.py tests/test_worked_examples.py
+EMULATED_TESTS := -k "not consumer and not kernel_units and not other_processors and not baseline_units \
   and not (every_rule and stochastic) and not (rides_along and not SGD) \
   and (not threads.py or any_number_of_threads or cut_a_tensor or exits or mode)"
 # In a child of a process with threads, QEMU 7.2 fails an assertion of its own as soon as another thread starts
@@ -194,11 +198,58 @@ cuda-on-host: venv ## the tests marked `cuda`, with the kernels for CUDA devices
 	$(ON_HOST_ENV) $(BIN)/python $(PYTEST) tests/cuda_on_host
 	$(ON_HOST_ENV) $(BIN)/python $(PYTEST) -m cuda $(or $(ARGS),$$(grep -l 'mark\.cuda' tests/test_*.py))
 
-bench: venv ## compare with the peers that are installed; results in bench/results
-	$(BIN)/python bench/peers/optimizers.py
-	$(BIN)/python bench/peers/batchnorm.py
-	$(BIN)/python bench/peers/whole_step.py
-	$(BIN)/python bench/summary.py
+bench: ## all benchmarks, one after the other, and the report on them
+	$(MAKE) --no-print-directory bench-micro
+	$(MAKE) --no-print-directory bench-roofline
+	$(MAKE) --no-print-directory bench-peers
+	$(MAKE) --no-print-directory bench-report
+
+# Peers have an environment of their own, with pinned versions; their compilers' caches are beside it.
+PEERS     := build/bench-peers
+PEERS_PIP := $(PEERS)/venv/bin/python -m pip install --disable-pip-version-check --quiet
+PEERS_ENV := TORCHINDUCTOR_CACHE_DIR="$(CURDIR)/$(PEERS)/inductor" TORCH_EXTENSIONS_DIR="$(CURDIR)/$(PEERS)/extensions" \
+  MAX_JOBS=$(JOBS)
+$(PEERS)/.peers: bench/peers/requirements.txt bench/peers/requirements-deepspeed.txt
+	$(PYTHON) -m venv --clear $(PEERS)/venv
+	$(PEERS_PIP) -r bench/peers/requirements.txt
+	$(PEERS_PIP) -r bench/peers/requirements-deepspeed.txt || echo "no DeepSpeed: its rows will say so"
+	@touch $@
+
+$(PEERS)/.installed: $(PEERS)/.peers $(WHEEL)/.built
+	$(PEERS_PIP) $(WHEEL)/onepass-*.whl
+	$(PEERS_PIP) --force-reinstall --no-deps $(WHEEL)/onepass-*.whl
+	@touch $@
+
+bench-peers: $(PEERS)/.installed ## side by side with NumPy, torch, DeepSpeed and Optax; ARGS goes to each script
+	@status=0; for script in optimizers batchnorm whole_step sweeps; do \
+	  $(PEERS_ENV) $(PEERS)/venv/bin/python bench/peers/$$script.py $(ARGS) || status=1; \
+	done; exit $$status
+
+# Instructions are the same in each run, however busy the machine is; Valgrind knows no AVX-512. The kernels are those of
+# the package.
+bench-guard: venv $(KERNELS) ## instructions per parameter against bench/instructions.json; ARGS=--update rewrites that
+	$(BIN)/python bench/guard.py --library $(KERNELS) --cxx "$(CXX)" $(ARGS)
+
+# The library and the C++ benchmarks, with no Python in them, and no kernel compiled twice. Files of results name the
+# commit; what they are written over does not make it dirty.
+BENCH := build/bench
+define build_bench
+$(BIN)/cmake -S . -B $(BENCH) -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" -DCMAKE_BUILD_TYPE=Release \
+  -DONEPASS_BENCH=ON > /dev/null
+$(BIN)/cmake --build $(BENCH) --parallel $(JOBS) --target $(1)
+endef
+bench-micro: $(VENV)/.installed-lint ## every C++ kernel by itself, under google-benchmark, which takes ARGS
+	$(call build_bench,micro)
+	@mkdir -p bench/results
+	ONEPASS_COMMIT="$$(git rev-parse HEAD)$$(git status --porcelain -- . ':!bench/results' | sed -n '1s/.*/-dirty/p')" \
+	  $(BENCH)/bench/micro/micro --benchmark_out=bench/results/micro.json --benchmark_out_format=json $(ARGS)
+
+bench-roofline: venv $(VENV)/.installed-lint ## what the machine can do, and where each rule stands on that
+	$(call build_bench,roofline)
+	$(BIN)/python bench/roofline.py $(ARGS)
+
+bench-report: $(VENV)/.installed-demo ## draw the pictures and write the figures of docs/performance.md and the README
+	$(BIN)/python bench/report.py $(ARGS)
 
 fuzz: SECONDS = 60
 fuzz: venv ## random programs, layouts and files against the promises, for SECONDS; SEED

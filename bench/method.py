@@ -3,8 +3,14 @@
 Contenders run interleaved, A B A B, in one process, so that what disturbs the machine disturbs them alike. Results are
 ratios of medians with a bootstrap interval over whole rounds. Every sample begins after a pause: worker threads that
 another contender left spinning have gone to sleep by then (torch's burn a core for 4 to 8 ms after their last region).
-A contender that is quicker than one sample is called several times for it, after one call that is not timed, so that
-everybody is measured with its own threads and its own data warm.
+A contender that is quicker than one sample is called several times for it, after as many calls that are not timed, so
+that everybody is measured with its own threads warm, and with its own data warm too if it works on the same arrays at
+each call. (One call is not enough: a step over 1000 tensors, 16 MB, takes 1.5 ms after the pause, and reaches its 0.47
+ms in the tenth call, because others have taken the cache; a peer that is slow has its arrays back before it is timed.)
+Those figures flatter where the arrays fit into a cache: in training, other work has taken it since the last
+step. So a contender may have several sets of arrays, of which each call takes the next. Together they are larger than
+the last-level cache (:func:`sets_for`), and everybody walks all of them, in the same order, in each sample. A row says
+which of the two it is (`buffers`).
 """
 
 from __future__ import annotations
@@ -36,6 +42,12 @@ import onepass
 ROOT = Path(__file__).resolve().parents[1]
 
 CACHE_LINE = 64
+UNKNOWN_CACHE = 32 << 20  # where the system does not say how large its last-level cache is
+ROTATED_OVER = 2  # times the last-level cache: between two visits of an array it has been replaced, whole
+LEAST_ROTATED = 64 << 20
+MOST_SETS = 512
+WARM, ROTATED = "warm", "rotated"
+PEERS = ("torch", "jax", "jaxlib", "optax", "deepspeed")
 NOISY = 0.15  # of the value: an interval wider than this says that the machine was not quiet
 
 Clock: TypeAlias = Callable[[], float]
@@ -63,16 +75,91 @@ def fill_with(array: Floats, block: Floats) -> None:
         part[:] = block[: part.size]
 
 
+@dataclass(frozen=True)
+class Cache:
+    """A cache of this machine, and the CPUs that share it, as Linux lists them."""
+
+    level: int
+    kind: str
+    bytes: int
+    cpus: str
+
+
+def caches() -> list[Cache]:
+    """Return the caches that the CPUs of this process use; none where the system does not say."""
+    found = set()
+    for cpu in usable_cpus():
+        for folder in Path(f"/sys/devices/system/cpu/cpu{cpu}/cache").glob("index*"):
+            try:
+                level, kind, size, cpus = (
+                    (folder / name).read_text(encoding="ascii").strip()
+                    for name in ("level", "type", "size", "shared_cpu_list")
+                )
+            except OSError:
+                continue
+            found.add(Cache(int(level), kind, int(size.removesuffix("K")) << 10, cpus))
+    return sorted(found, key=lambda cache: (cache.level, cache.kind, cache.cpus))
+
+
+def cache_sizes() -> dict[str, int]:
+    """Return the bytes of one cache of each level that holds data: L1d, L2, and so on."""
+    return {
+        f"L{cache.level}{'d' if cache.kind == 'Data' else ''}": cache.bytes
+        for cache in caches()
+        if cache.kind != "Instruction"
+    }
+
+
+def last_level_cache() -> int:
+    """Return the bytes of the last-level caches of this process's CPUs, all of them together."""
+    known = [cache for cache in caches() if cache.kind != "Instruction"]
+    last = max((cache.level for cache in known), default=0)
+    return sum(cache.bytes for cache in known if cache.level == last) or UNKNOWN_CACHE
+
+
+def rotated_bytes() -> int:
+    """Return how many bytes of arrays no cache keeps from one walk over them to the next."""
+    return max(LEAST_ROTATED, ROTATED_OVER * last_level_cache())
+
+
+def sets_for(bytes_each: int) -> int | None:
+    """Return how many sets of arrays, of so many bytes each, no cache keeps: 1 if one alone is large enough.
+
+    None if that were more than `MOST_SETS`: arrays so small are measured warm.
+    """
+    sets = -(-rotated_bytes() // bytes_each)
+    return sets if sets <= MOST_SETS else None
+
+
+def buffers(bytes_together: int) -> str:
+    """Say what a row must about arrays of so many bytes, all of a contender's sets together."""
+    return ROTATED if bytes_together >= rotated_bytes() else WARM
+
+
 # --- Time -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Contender:
-    """What is timed: `run`, after `prepare` (never timed) if the work changes its own conditions."""
+    """What is timed: `run`, after `prepare` (never timed) if the work changes its own conditions.
+
+    `others` do the same work on sets of arrays of their own: each call takes the next of `runs`.
+    """
 
     name: str
     run: Callable[[], object]
     prepare: Callable[[], object] | None = None
+    others: Sequence[Callable[[], object]] = ()
+
+    @classmethod
+    def over_sets(cls, name: str, runs: Sequence[Callable[[], object]]) -> Contender:
+        """Make a contender with one function for each set of arrays."""
+        return cls(name, runs[0], others=runs[1:])
+
+    @property
+    def runs(self) -> Sequence[Callable[[], object]]:
+        """One function for each set of arrays."""
+        return [self.run, *self.others]
 
 
 @dataclass(frozen=True)
@@ -86,7 +173,8 @@ class Plan:
     min_rounds, max_rounds : int
         But no fewer and no more than these.
     sample_seconds : float
-        A contender without `prepare` is called as often as this takes for one sample.
+        A contender without `prepare` is called as often as this takes for one sample, and walks all of its sets of
+        arrays at least once.
     pause : float
         Seconds slept before each sample; longer than other people's threads spin.
     """
@@ -110,30 +198,36 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _sample(contender: Contender, calls: int, clock: Clock) -> float:
-    """Seconds of one call, as the mean of `calls` calls in a row."""
-    run = contender.run
+def _sample(contender: Contender, walks: int, clock: Clock) -> float:
+    """Seconds of one call, as the mean of `walks` calls in a row, or as many walks over all sets of arrays.
+
+    Whole walks, so that nobody finds in a cache what the contender before has left there: it left the last sets.
+    """
+    runs = contender.runs
     if contender.prepare is not None:
         contender.prepare()
-    elif calls > 1:
-        run()
+    elif len(runs) > 1:
+        runs[-1]()
+    elif walks > 1:
+        for _ in itertools.repeat(None, walks):
+            runs[0]()
     start = clock()
-    for _ in itertools.repeat(None, calls):
+    for run in itertools.chain.from_iterable(itertools.repeat(runs, walks)):
         run()
-    return (clock() - start) / calls
+    return (clock() - start) / (walks * len(runs))
 
 
-def _calls_for(contender: Contender, seconds: float, clock: Clock) -> int:
-    """Warm up, and find how many calls make one sample of at least `seconds`."""
+def _walks_for(contender: Contender, seconds: float, clock: Clock) -> int:
+    """Warm up, and find how many calls, or walks over all sets, make one sample of at least `seconds`."""
     _sample(contender, 1, clock)
     if contender.prepare is not None:
         return 1
-    calls = 1
+    walks, sets = 1, len(contender.runs)
     while True:
-        once = _sample(contender, calls, clock)
-        if once * calls >= seconds:
-            return calls
-        calls = max(2 * calls, min(16 * calls, int(seconds / max(once, 1e-9)) + 1))
+        once = _sample(contender, walks, clock) * sets
+        if once * walks >= seconds:
+            return walks
+        walks = max(2 * walks, min(16 * walks, int(seconds / max(once, 1e-9)) + 1))
 
 
 def interleave(
@@ -152,14 +246,19 @@ def interleave(
     names = [contender.name for contender in contenders]
     if len(set(names)) != len(names):
         raise ValueError(f"contenders: names repeat: {', '.join(names)}")
+    sets = {contender.name: len(contender.runs) for contender in contenders}
+    if len(set(sets.values())) > 1:
+        raise ValueError(f"contenders: numbers of sets of arrays differ: {sets}")
+    if any(contender.prepare is not None and len(contender.runs) > 1 for contender in contenders):
+        raise ValueError("contenders: what is prepared is warm; it cannot have several sets of arrays")
     taken: dict[str, list[float]] = {name: [] for name in names}
     with _no_garbage_collection():
-        calls = [_calls_for(contender, plan.sample_seconds, clock) for contender in contenders]
+        walks = [_walks_for(contender, plan.sample_seconds, clock) for contender in contenders]
         start = clock()
         for done in range(plan.max_rounds):
             if done >= plan.min_rounds and clock() - start >= plan.seconds:
                 break
-            for contender, count in zip(contenders, calls, strict=True):
+            for contender, count in zip(contenders, walks, strict=True):
                 sleep(plan.pause)
                 taken[contender.name].append(_sample(contender, count, clock))
     return {name: np.array(seconds) for name, seconds in taken.items()}
@@ -251,6 +350,8 @@ class Row:
 
     `measure` says what `value` is: ``"peer / ours"`` (how many times faster), ``"ours / peer"`` (a slowdown),
     ``"ours - peer"`` or ``"ours"`` (seconds). Without `value` the row was not measured, and `note` says why.
+    `buffers` is ``"warm"`` (the same arrays at each call) or ``"rotated"`` (more than the last-level cache holds).
+    `extra` has figures that only rows of one kind have.
     """
 
     case: str
@@ -270,7 +371,10 @@ class Row:
     rounds: int = 0
     note: str = ""
     failed: bool = False
+    buffers: str = ""
+    tensors: int = 1
     all_seconds: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, float] = field(default_factory=dict)
 
     @property
     def noisy(self) -> bool:
@@ -393,6 +497,30 @@ def _commit() -> str:
     return commit + ("-dirty" if _git("status", "--porcelain", "--", ".", ":!bench/results") else "")
 
 
+def usable_cpus() -> list[int]:
+    """Return the CPUs that this process may use."""
+    if sys.platform == "linux":
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _cpu_counts() -> dict[str, int]:
+    """Count cores, what they show as CPUs, and those that this process may use. Cores are 0 where nobody says."""
+    cores = set()
+    for siblings in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings_list"):
+        cores.add(siblings.read_text(encoding="ascii").strip())
+    return {"physical": len(cores), "logical": os.cpu_count() or 1, "usable": len(usable_cpus())}
+
+
+def _compiler() -> str:
+    """Say which C++ compiler peers find that compile their kernels here."""
+    try:
+        done = subprocess.run([os.environ.get("CXX", "c++"), "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "not installed"
+    return done.stdout.partition("\n")[0]
+
+
 def _cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -414,12 +542,16 @@ def environment(plan: Plan) -> dict[str, Any]:
     return {
         "commit": _commit(),
         "cpu": _cpu_model(),
+        "cpus": _cpu_counts(),
+        "caches": cache_sizes(),
+        "last_level_cache": last_level_cache(),
         "threads": onepass.get_num_threads(),
         "isa": onepass.isa(),
         "load": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "torch": _version("torch"),
+        **{package: _version(package) for package in PEERS},
+        "compiler": _compiler(),
         "onepass": onepass.__version__,
         "system": f"{platform.system()} {platform.machine()}",
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),

@@ -25,9 +25,11 @@ from method import Contender, Plan, Row, Samples
 
 THREADS = 2
 OURS = "onepass"
+EVERYBODY = re.compile("")
 QUICK = Plan(0.02, 3, 5, 0.0005, 0.001)
 
 Step: TypeAlias = Callable[[], object]
+Steps: TypeAlias = Step | Sequence[Step]  # several work on sets of arrays of their own, in turn
 
 
 class CheckError(Exception):
@@ -36,10 +38,11 @@ class CheckError(Exception):
 
 @dataclass(frozen=True)
 class Bench:
-    """How long to measure. A quick one has tiny sizes, and its figures are not held against goals."""
+    """How long to measure, and whom. A quick one has tiny sizes, and its figures are not held against goals."""
 
     plan: Plan
     quick: bool = False
+    peers: re.Pattern[str] = EVERYBODY
 
 
 @dataclass(frozen=True)
@@ -75,20 +78,24 @@ def load_torch(threads: int) -> tuple[Any, str]:
 def compare(
     plan: Plan,
     row: Row,
-    ours: Step,
-    peers: Mapping[str, Step],
+    ours: Steps,
+    peers: Mapping[str, Steps],
     *,
     against: str | None = None,
-    others: Mapping[str, Step] | None = None,
+    others: Mapping[str, Steps] | None = None,
     prepare: Step | None = None,
 ) -> dict[str, Samples]:
     """Time ours, the peers and the others in turns; enter into `row` the comparison with one of the peers.
 
     Without `against` that is the fastest. Without peers ours is timed without a comparison. `prepare` runs before each
-    call of each of them, and is not timed.
+    call of each of them, and is not timed; it is for those that work on one set of arrays.
     """
     steps = {row.ours: ours, **peers, **(others or {})}
-    samples = method.interleave([Contender(name, step, prepare) for name, step in steps.items()], plan)
+    contenders = [
+        Contender(name, step, prepare) if callable(step) else Contender.over_sets(name, step)
+        for name, step in steps.items()
+    ]
+    samples = method.interleave(contenders, plan)
     peer = against if against in peers else min(peers, key=lambda name: float(np.median(samples[name])), default=None)
     row.take(samples, row.ours, peer)
     if peer is not None:
@@ -116,7 +123,13 @@ def parse_arguments(description: str, arguments: Sequence[str] | None) -> argpar
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, default=method.ROOT / "bench" / "results", help="folder for the results")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, few rounds: only shows that it runs")
-    parser.add_argument("--filter", type=re.compile, default=re.compile(""), help="only cases in which REGEX is found")
+    parser.add_argument("--filter", type=re.compile, default=EVERYBODY, help="only cases in which REGEX is found")
+    parser.add_argument(
+        "--peers",
+        type=re.compile,
+        default=EVERYBODY,
+        help="where a case has a row for each peer, only these",
+    )
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     return parser.parse_args(arguments)
 
@@ -140,7 +153,7 @@ def main(
     if not cases:
         print("--filter: no case is left", file=sys.stderr)
         return 1
-    bench = Bench(QUICK, quick=True) if options.quick else Bench(Plan())
+    bench = Bench(QUICK if options.quick else Plan(), options.quick, options.peers)
     environment = {**method.environment(bench.plan), "quick": options.quick}
     progress = Console(stderr=True)
     rows = [row for case in track(cases, name, console=progress) for row in run_case(bench, case)]

@@ -22,10 +22,14 @@ pytest.importorskip("rich")
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 CHOICES = {
-    "optimizers": "traffic/(sgd|amsgrad)/16M/2|import|numpy|^fused/(SGD|Adam)/1M|unfused/Nadam|many|small|subnormal",
+    "optimizers": "traffic/(sgd|amsgrad)/16M/2|import|numpy|^fused/(SGD|Adam)/1M|unfused/Nadam|many|small|subnormal"
+    "|peers/(RMSprop|Adam|AdaGrad|Lion)/",
     "batchnorm": "numpy|without|copy|fused|^forward/(NHWC/.*56x56|NC/)|^backward/NCHW|^backward-recycled/NHWC/128x512",
     "whole_step": "^rules/(sgd|adam)/|stochastic|storage|split|whole|torch",
+    "sweeps": "size/Adam/(1024|65536)$|size/SGD/64$|tensors/.*/10x|subnormal/Adam/0.1|ViT|threads/.*/1$"
+    "|memory/.*/(onepass|NumPy)$",
 }
+QUICKLY = "^(?!torch compiled)"  # that takes its time, whatever the size
 
 
 def load(name: str, path: Path) -> ModuleType:
@@ -40,11 +44,14 @@ def load(name: str, path: Path) -> ModuleType:
 
 method = load("method", BENCH / "method.py")
 suite = load("suite", BENCH / "suite.py")
-summary = load("bench_summary", BENCH / "summary.py")
+arrays = load("arrays", BENCH / "peers" / "arrays.py")
+numpy_formulas = load("numpy_formulas", BENCH / "peers" / "numpy_formulas.py")
+contenders = load("contenders", BENCH / "peers" / "contenders.py")
 optimizers = load("bench_optimizers", BENCH / "peers" / "optimizers.py")
 batchnorm = load("bench_batchnorm", BENCH / "peers" / "batchnorm.py")
 whole_step = load("bench_whole_step", BENCH / "peers" / "whole_step.py")
-SCRIPTS = {"optimizers": optimizers, "batchnorm": batchnorm, "whole_step": whole_step}
+sweeps = load("bench_sweeps", BENCH / "peers" / "sweeps.py")
+SCRIPTS = {"optimizers": optimizers, "batchnorm": batchnorm, "whole_step": whole_step, "sweeps": sweeps}
 
 scripts = pytest.mark.parametrize("name", SCRIPTS)
 
@@ -67,13 +74,29 @@ def run_script(name: str, *arguments: str, **environment: str) -> str:
 @scripts
 def test_quick_run_reports_every_kind_and_all_fields(name: str, tmp_path: Path) -> None:
     out = tmp_path / "made"
-    printed = run_script(name, "--quick", "--filter", CHOICES[name], "--out", str(out))
+    printed = run_script(name, "--quick", "--filter", CHOICES[name], "--peers", QUICKLY, "--out", str(out))
     results = json.loads((out / f"{name}.json").read_text())
     rows, environment = results["rows"], results["environment"]
 
     assert {row["kind"] for row in rows} == {case.kind for case in SCRIPTS[name].all_cases()}
-    for key in ("commit", "cpu", "isa", "threads", "python", "numpy", "torch", "onepass", "command", "date", "plan"):
+    known = (
+        "commit",
+        "cpu",
+        "cpus",
+        "isa",
+        "threads",
+        "python",
+        "numpy",
+        "onepass",
+        "compiler",
+        "command",
+        "date",
+        "plan",
+    )
+    for key in (*known, *method.PEERS):
         assert environment[key], key
+    assert environment["cpus"]["usable"] >= 1
+    assert environment["last_level_cache"] > 0
     assert "--filter" in environment["command"]
     assert environment["quick"] is True
 
@@ -85,7 +108,7 @@ def test_quick_run_reports_every_kind_and_all_fields(name: str, tmp_path: Path) 
         assert row["goal"] is None
         assert {"goal", "met", "noisy", "traffic_share", "bytes_per_second", "threads", "elements"} < set(row)
         measured = row["value"] is not None
-        assert measured or row["note"].startswith(("no peer", "not ")), row
+        assert measured or row["note"].startswith(("no peer", "not ")) or row["kind"] == "memory", row
         if measured:
             assert np.isfinite([row["value"][key] for key in ("value", "low", "high")]).all()
         if measured and "mean" not in row["case"]:
@@ -105,6 +128,7 @@ def test_without_torch_rows_say_so(tmp_path: Path) -> None:
         "optimizers": "fused/SGD/1M|subnormal",
         "batchnorm": "(forward|backward|recycled)/NCHW/32x64x56|copy|fused",
         "whole_step": "whole|torch",
+        "sweeps": "size/Adam/64$|subnormal/Adam/0.5|memory/.*/(torch fused|NumPy)$",
     }
     rows = {}
     for name, choice in chosen.items():
@@ -112,11 +136,17 @@ def test_without_torch_rows_say_so(tmp_path: Path) -> None:
         rows |= {row["case"]: row for row in json.loads((tmp_path / f"{name}.json").read_text())["rows"]}
     without = ["fused/SGD/1M", "subnormal/Adam/16M/torch", "whole/AdamW/torch", "torch/Adam/bfloat16"]
     without += [f"{kind}/NCHW/32x64x56x56" for kind in ("forward", "backward", "backward-recycled")]
+    without += [f"size/Adam/64/torch {name}" for name in ("fused", "for-loop", "foreach", "compiled")]
+    without += ["subnormal/Adam/0.5/torch fused", "memory/Adam/float32/torch fused"]
     for case in without:
         assert rows[case]["value"] is None
         assert rows[case]["note"] in ("no peer: ImportError: hidden by a test", batchnorm.NOT_GLIBC)
     assert rows["fused/SGD/1M"]["ours_seconds"] > 0.0
     assert rows["forward/NCHW/32x64x56x56"]["ours_seconds"] > 0.0
+    assert rows["size/Adam/64/DeepSpeed"]["note"] == "no peer: DeepSpeed needs torch"
+    assert rows["memory/Adam/float32/NumPy"]["extra"]["state_bytes"] == 8.0
+    for case in ("size/Adam/64/NumPy", "subnormal/Adam/0.5/NumPy in place"):
+        assert rows[case]["value"] is not None
     for case in ("subnormal/Adam/16M/onepass", "copy/32x64x56x56", "fused/32x64x56x56", "whole/AdamW/traffic"):
         assert rows[case]["value"] is not None
 
@@ -151,15 +181,15 @@ def test_a_filter_that_leaves_nothing_is_an_error(
     ],
 )
 def test_a_peer_that_computes_something_else_is_not_timed(ours: float, theirs: float, message: str) -> None:
-    data = optimizers.make_data([5, 3], 1)
+    data = arrays.make_data([5, 3], 1)
 
     def step(by: float) -> None:
         for param in data.params:
             param += np.float32(by)
 
     with pytest.raises(suite.CheckError, match=message):
-        optimizers.require_same(data, lambda: step(ours), {"peer": lambda: step(theirs)})
-    optimizers.require_same(data, lambda: step(1.0), {"peer": lambda: step(1.00001)})
+        arrays.require_same(data, lambda: step(ours), {"peer": lambda: step(theirs)})
+    arrays.require_same(data, lambda: step(1.0), {"peer": lambda: step(1.00001)})
 
 
 def test_a_failed_check_becomes_a_row() -> None:
@@ -172,11 +202,110 @@ def test_a_failed_check_becomes_a_row() -> None:
 
 
 def test_a_state_that_is_not_finite_is_found() -> None:
-    data = optimizers.make_data([10], 2)
+    data = arrays.make_data([10], 2)
     data.require_finite()
     data.slots[0][1][9] = np.inf
     with pytest.raises(suite.CheckError, match="not finite"):
         data.require_finite()
+
+
+# --- Contenders -------------------------------------------------------------------------------------------------------
+
+
+def test_without_their_packages_peers_are_rows_with_a_reason(tmp_path: Path) -> None:
+    for package in ("jax", "deepspeed"):
+        (tmp_path / f"{package}.py").write_text("raise ImportError('hidden by a test')\n")
+    pytest.importorskip("torch")
+    arguments = ("--quick", "--filter", "size/Adam/64$", "--peers", "Optax|DeepSpeed|NumPy$", "--out", str(tmp_path))
+    run_script("sweeps", *arguments, PYTHONPATH=str(tmp_path))
+    rows = {row["peer"]: row for row in json.loads((tmp_path / "sweeps.json").read_text())["rows"]}
+    assert rows["Optax"]["note"] == "no peer: ImportError: hidden by a test"
+    assert rows["DeepSpeed"]["note"] == "no peer: DeepSpeed: ImportError: hidden by a test"
+    assert rows["Optax"]["value"] is rows["DeepSpeed"]["value"] is None
+    assert rows["NumPy"]["value"]["value"] > 0.0
+
+
+@pytest.mark.parametrize("name", contenders.PAIRS)
+def test_everybody_takes_the_same_steps(name: str) -> None:
+    pair = contenders.PAIRS[name]
+    torch, _ = suite.load_torch(1)
+    # The others start threads of their own, or compile for minutes; each run of the benchmarks checks them, too.
+    apart = {contenders.COMPILED, contenders.DEEPSPEED, contenders.OPTAX}
+    names = [
+        peer for peer in contenders.names_for(pair) if peer not in apart and ("NumPy" in peer or torch is not None)
+    ]
+    made = contenders.contest(pair, [(16, 8), 128], names, 1, sets=2)
+    if name == "NAG" and torch is not None:  # where torch adds the momentum to the gradients themselves
+        assert made.missing == {"torch foreach": "not measured: it overwrites the gradients"}
+        names.remove("torch foreach")
+    assert list(made.peers) == names
+    for data in made.data_sets:
+        assert [param.shape for param in data.params] == [(16, 8), (128,)]
+    different = {array.ctypes.data for data in made.data_sets for array in (*data.written(), *data.grads)}
+    assert len(different) == 2 * 2 * (2 + len(made.data_sets[0].slots[0]))
+    made.check()
+
+
+def test_a_peer_of_another_formula_is_found() -> None:
+    wrong = contenders.Pair(
+        "Adam", contenders.ADAM.ours, "Adam", contenders.ADAM.states, numpy=lambda g, s, t: 1.001e-4 * np.sign(g)
+    )
+    with pytest.raises(suite.CheckError, match="NumPy arrives at other parameters than ours"):
+        contenders.contest(wrong, [100], [contenders.NUMPY], 1)
+
+
+def test_a_contest_ends_with_numbers() -> None:
+    made = contenders.contest(contenders.ADAM, [100], [contenders.NUMPY], 1)
+    made.check()
+    made.ours[0].state[0]["exp_avg"][7] = np.nan
+    with pytest.raises(suite.CheckError, match="not finite"):
+        made.check()
+
+
+def test_a_compiler_that_goes_on_is_found() -> None:
+    made = contenders.contest(contenders.ADAM, [100], [contenders.NUMPY], 1)
+    (peer,) = made.peers[contenders.NUMPY]
+    made.peers[contenders.NUMPY] = [contenders.replace(peer, settled=lambda: False)]
+    with pytest.raises(suite.CheckError, match="compiled anew"):
+        made.check()
+
+
+def test_subnormal_moments_are_as_many_as_asked_for() -> None:
+    for fraction in sweeps.FRACTIONS:
+        arrays_of = [method.aligned(10_000) for _ in range(4)]
+        moments = sweeps.Moments(arrays_of[0], arrays_of[1], fraction)
+        moments.refill(*arrays_of[2:])
+        params, grads, m, v = arrays_of
+        assert np.all(params == 1.0)
+        for moment in (m, v):
+            low = (moment != 0.0) & (moment < np.finfo(np.float32).tiny)
+            assert np.count_nonzero(low) == round(fraction * moment.size)
+            np.testing.assert_array_equal(low, grads == 0.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "tensors", "elements"),
+    [
+        ("ResNet-50", 161, 25_557_032),
+        ("ViT-B/16", 152, 86_567_656),
+        ("GPT-2 124M", 148, 124_439_808),
+        ("Llama-3-8B layer", 9, 218_112_000),
+    ],
+)
+def test_lists_of_shapes_are_those_of_the_models(model: str, tensors: int, elements: int) -> None:
+    parameters = sweeps.read_model(model)
+    assert len({name for name, _ in parameters}) == len(parameters) == tensors
+    assert sum(np.prod(shape) for _, shape in parameters) == elements
+    assert len(list((BENCH / "models").iterdir())) == len(sweeps.MODELS)
+
+
+def test_sweeps_have_every_point_once() -> None:
+    names = [case.name for case in sweeps.all_cases()]
+    assert len(set(names)) == len(names)
+    for size in (64, 1 << 10, 1 << 20, 1 << 28):
+        assert f"size/Adam/{size}" in names
+    for name in ("tensors/Adam/1x1000", "tensors/Adam/10000x1000", "threads/Adam/16M/1", "subnormal/Adam/1"):
+        assert name in names
 
 
 # --- The whole step ---------------------------------------------------------------------------------------------------
@@ -202,7 +331,7 @@ def test_an_instruction_set_is_only_borrowed() -> None:
 
 @pytest.mark.parametrize("storage", [whole_step.ALL_FLOAT32, whole_step.STATES_FLOAT32, whole_step.ALL_BFLOAT16])
 def test_arrays_are_stored_and_counted_as_they_should(storage: Any) -> None:
-    data = optimizers.make_data([1000], 2, storage)
+    data = arrays.make_data([1000], 2, storage)
     assert (data.params[0].dtype, data.grads[0].dtype, data.slots[0][1].dtype) == storage
     for array in (data.params[0], data.grads[0], *data.slots[0]):
         assert array.size == 1000
@@ -231,9 +360,9 @@ def test_gradients_differ_from_step_to_step_and_are_clipped() -> None:
     ],
 )
 def test_a_step_that_leaves_something_out_is_not_timed(spoil: Any, message: str | None) -> None:
-    data = optimizers.make_data([100], 2)
+    data = arrays.make_data([100], 2)
     gradients = whole_step.Gradients(data.grads[0])
-    averaged = whole_step.Averaged(method.aligned(100), optimizers.zeros(100, whole_step.BFLOAT16))
+    averaged = whole_step.Averaged(method.aligned(100), arrays.zeros(100, whole_step.BFLOAT16))
 
     def step() -> None:
         data.params[0] += np.float32(1e-3) * gradients.array
@@ -445,6 +574,55 @@ def test_names_must_differ() -> None:
         method.interleave([fake.work("a", 1.0), fake.work("a", 1.0)], method.Plan(), fake.clock, fake.sleep)
 
 
+def test_each_call_takes_the_next_set_of_arrays_and_all_walk_alike() -> None:
+    fake = FakeTime()
+    plan = method.Plan(seconds=0.0, min_rounds=2, max_rounds=2, sample_seconds=8.0, pause=0.0)
+    contenders = [
+        method.Contender.over_sets(name, [fake.work(f"{name}{index}", cost).run for index in range(3)])
+        for name, cost in (("a", 1.0), ("b", 4.0))
+    ]
+    samples = method.interleave(contenders, plan, fake.clock, fake.sleep)
+    rounds = " ".join(fake.log).split("sleep ")[1:]
+    a = "a2 " + "a0 a1 a2 " * 3  # the first is not timed; whole walks, until 8 seconds are over
+    assert rounds[0] == rounds[2] == a
+    assert rounds[1] == "b2 b0 b1 b2 "
+    np.testing.assert_array_equal(samples["a"], [1.0] * 2)
+    np.testing.assert_array_equal(samples["b"], [4.0] * 2)
+
+
+def test_contenders_have_as_many_sets_of_arrays() -> None:
+    plan = method.Plan()
+    one, two = method.Contender("one", int), method.Contender.over_sets("two", [int, int])
+    with pytest.raises(ValueError, match=r"numbers of sets of arrays differ: \{'one': 1, 'two': 2\}"):
+        method.interleave([one, two], plan)
+    with pytest.raises(ValueError, match="cannot have several sets"):
+        method.interleave([method.Contender("two", int, int, [int])], plan)
+
+
+@pytest.mark.parametrize("size", [1 << 20, 32 << 20, 512 << 20])
+def test_sets_of_arrays_exceed_the_last_level_cache(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner, outer = method.Cache(2, "Unified", 1 << 20, "0"), method.Cache(3, "Unified", size // 2, "0-3")
+    monkeypatch.setattr(method, "caches", lambda: [inner, outer, method.Cache(3, "Unified", size // 2, "4-7")])
+    assert method.last_level_cache() == size
+    assert method.cache_sizes() == {"L2": 1 << 20, "L3": size // 2}
+    for each in (100, 70_000, 1 << 18, 3_000_001, 1 << 26, 1 << 31):
+        sets = method.sets_for(each)
+        if sets is None:
+            assert each * method.MOST_SETS < method.rotated_bytes()
+        else:
+            assert each * sets >= max(2 * size, 64 << 20)
+            assert sets == 1 or each * (sets - 1) < method.rotated_bytes()
+            assert method.buffers(each * sets) == method.ROTATED
+    assert method.buffers(size) == method.WARM
+
+
+def test_caches_are_those_of_this_machine() -> None:
+    for cache in method.caches():
+        assert cache.bytes >= 1 << 10
+        assert 1 <= cache.level <= 4
+    assert method.last_level_cache() >= max(method.cache_sizes().values(), default=0)
+
+
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     rng = np.random.default_rng(0)
     hits = 0
@@ -520,47 +698,6 @@ def test_arrays_begin_at_a_cache_line() -> None:
 )
 def test_seconds_have_three_digits(seconds: float | None, text: str) -> None:
     assert method.format_seconds(seconds) == text
-
-
-def test_readme_shows_the_figures_of_the_last_runs() -> None:
-    command = [sys.executable, str(BENCH / "summary.py"), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def test_tables_are_made_of_whatever_was_measured(tmp_path: Path) -> None:
-    text = summary.README.read_text(encoding="utf-8")
-    assert "Not measured yet; `python bench/peers/batchnorm.py`" in summary.page(text, tmp_path)
-    rows = [made_up(case.name, case.kind, 2.5) for case in batchnorm.all_cases()]
-    rows += [made_up("numpy/32x64x56x56/formula", "numpy", 31.25), *batchnorm.means(rows)]
-    rows[-1].value = None
-    environment = {"cpu": "a cpu", "isa": "an isa", "threads": 2, "torch": "1", "numpy": "2"}
-    method.write_results(rows, environment, tmp_path, "batchnorm")
-    page = summary.page(text, tmp_path)
-    assert "Not measured yet; `python bench/peers/optimizers.py`" in page
-    assert "| forward, NHWC, against torch channels_last | 2.50x, 2.50x, 2.50x, 2.50x, 2.50x | 1.6x |" in page
-    assert "| forward, the formula in NumPy | 31.2x | 15x |" in page
-    assert "geometric mean 2.50x | 1.8x, mean 4x |" in page
-    assert "geometric mean not measured | |" in page
-    assert "Not measured yet; `python bench/peers/whole_step.py`" in page
-    assert summary.page(page) == summary.page(text)
-    assert tuple(batchnorm._name(shape) for shape in batchnorm.SHAPES) == summary.SHAPES
-
-
-def test_the_table_of_the_whole_step(tmp_path: Path) -> None:
-    names = {case.name for case in whole_step.all_cases()} - {"whole/AdamW"} | {
-        "whole/AdamW/torch",
-        "whole/AdamW/traffic",
-    }
-    rows = [made_up(name, "kind", None if name == "rules/sgd/avx512" or "avx2" in name else 2.5) for name in names]
-    method.write_results(rows, {"cpu": "a cpu", "isa": "an isa", "threads": 2, "torch": "1"}, tmp_path, "whole_step")
-    page = summary.page(summary.README.read_text(encoding="utf-8"), tmp_path)
-    assert "Measured on a cpu (an isa, 2 threads), 16M elements, against torch 1; `~`: noisy." in page
-    assert "against torch's six calls | 2.50x | 1.6x |" in page
-    assert "| the same: share of the yardstick's speed | 2.50 | 0.9 |" in page
-    assert "speed | AVX-512 2.50 to 2.50; AVX2 not measured | 0.9 |" in page
-    assert "rounding to nearest | 2.50x, 2.50x | 1.3x |" in page
-    assert tuple(summary.ISAS.values()) == whole_step.ISAS
 
 
 def test_results_are_of_a_clean_commit() -> None:

@@ -36,8 +36,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import arrays
+import contenders
 import optimizers
-from optimizers import ADAM, FUSED, LR, TRAFFIC, Array, Data, Pair, Storage
+from arrays import Array, Data, Storage
+from contenders import ADAM, ADAMW, FUSED
+from numpy_formulas import LR
+from optimizers import TRAFFIC
 
 import method
 import onepass
@@ -46,6 +51,8 @@ from method import Goal, Row
 from onepass import _cpu
 from onepass.optim.options import bfloat16, step_options
 from suite import OURS, Bench, Case, CheckError, Step, load_torch
+
+__all__ = ["ADAMW", "main"]
 
 SIZE = "16M"
 ISAS = ("avx512", "avx2")
@@ -59,7 +66,6 @@ ROUNDING = 3 / 256  # of bfloat16, in three steps
 CHANCE = 0.1
 NORM_ERROR = 2e-3  # torch sums squares in float32: over 16M elements its norm is off by 3e-4
 
-ADAMW = Pair("AdamW", onepass.AdamW, "AdamW", ("exp_avg", "exp_avg_sq"), {"weight_decay": 0.01})
 EMA_DECAY = 0.999
 LOSS_SCALE = 1024.0
 TORCH = "torch, six calls"
@@ -103,7 +109,7 @@ class Gradients:
 
     def __init__(self, array: Array) -> None:
         self.array = array
-        self.block = np.float32(LOSS_SCALE) * optimizers.gradient_block(array.size)
+        self.block = np.float32(LOSS_SCALE) * arrays.gradient_block(array.size)
         self.max_norm = 0.25e-3 * float(np.sqrt(array.size))
         self.step = 0
 
@@ -118,10 +124,10 @@ class TorchWholeStep:
 
     def __init__(self, torch: Any, data: Data, averaged: Averaged, max_norm: float) -> None:
         self.torch, self.max_norm = torch, max_norm
-        self.optimizer = optimizers.torch_optimizer(ADAMW, data, {"fused": True})
+        self.optimizer = contenders.torch_optimizer(ADAMW, data, {"fused": True})
         self.params = self.optimizer.param_groups[0]["params"]
         self.grads = [param.grad for param in self.params]
-        self.ema, self.mirror = ([optimizers.as_tensor(torch, each)] for each in (averaged.ema, averaged.mirror))
+        self.ema, self.mirror = ([contenders.as_tensor(torch, each)] for each in (averaged.ema, averaged.mirror))
         self.averages = False
 
     def step(self) -> None:
@@ -201,10 +207,10 @@ def compare(bench: Bench, row: Row, ours: Step, peers: Mapping[str, Step], traff
 
 def run_whole(bench: Bench, case: Case) -> list[Row]:
     """Everything around AdamW, float32, against torch's calls and against the yardstick."""
-    data = optimizers.make_data([optimizers.elements_of(bench, SIZE)], 2)
+    data = arrays.make_data([optimizers.elements_of(bench, SIZE)], 2)
     gradients = Gradients(data.grads[0])
-    mirror = optimizers.zeros(data.elements, BFLOAT16)
-    optimizer = ADAMW.ours(data.params, lr=LR, **ADAMW.options, ema_decay=EMA_DECAY, mirror=[mirror])
+    mirror = arrays.zeros(data.elements, BFLOAT16)
+    optimizer = ADAMW.ours(data.params, lr=LR, ema_decay=EMA_DECAY, mirror=[mirror])
     options: dict[str, Any] = {
         "grad_scale": 1.0 / LOSS_SCALE,
         "max_grad_norm": gradients.max_norm,
@@ -215,7 +221,7 @@ def run_whole(bench: Bench, case: Case) -> list[Row]:
     own = replace(data, slots=[(exp_avg, exp_avg_sq)])
     averaged = Averaged(ema, mirror)
     expected = outcome(own, averaged, gradients, ours)
-    optimizers.require_moved(expected)
+    arrays.require_moved(expected)
     if not optimizer.grad_norm or optimizer.grad_norm < 2.0 * gradients.max_norm:
         raise CheckError("the gradients are within the limit")
 
@@ -225,12 +231,12 @@ def run_whole(bench: Bench, case: Case) -> list[Row]:
     torch, row.note = load_torch(case.threads)
     peers: dict[str, Step] = {}
     if torch is not None:
-        theirs = Averaged(optimizers.zeros(data.elements, FLOAT32), optimizers.zeros(data.elements, BFLOAT16))
+        theirs = Averaged(arrays.zeros(data.elements, FLOAT32), arrays.zeros(data.elements, BFLOAT16))
         peers = {TORCH: TorchWholeStep(torch, data, theirs, gradients.max_norm).step}
         got = outcome(data, theirs, gradients, peers[TORCH])
         for index, tolerance in enumerate((1e-4, NORM_ERROR, NORM_ERROR, 1e-4)):
             message = f"{TORCH}: another {('parameter', *ADAMW.states, 'average')[index]} than ours"
-            optimizers.require_close(message, got[index : index + 1], expected[index : index + 1], tolerance)
+            arrays.require_close(message, got[index : index + 1], expected[index : index + 1], tolerance)
         if not torch_clips(torch, gradients):
             raise CheckError(f"{TORCH}: nothing is clipped")
 
@@ -255,7 +261,7 @@ def torch_clips(torch: Any, gradients: Gradients) -> bool:
 def run_rule(rule: str, isa: str, bench: Bench, case: Case) -> list[Row]:
     """One rule's kernel on narrow parameters and gradients against the yardstick, over the same arrays."""
     slots = len(optimizers.rules()[rule]["slots"])
-    data = optimizers.make_data([optimizers.elements_of(bench, SIZE)], slots, STATES_FLOAT32)
+    data = arrays.make_data([optimizers.elements_of(bench, SIZE)], slots, STATES_FLOAT32)
     traffic = f"traffic{slots}"
     row = new_row(case, data, data.bytes, traffic, Goal(">=", 0.9))
     if isa not in onepass.available_isas():
@@ -271,13 +277,13 @@ def run_rule(rule: str, isa: str, bench: Bench, case: Case) -> list[Row]:
 def run_storage(bench: Bench, case: Case) -> list[Row]:
     """Everything in bfloat16 against everything in float32."""
     count = optimizers.elements_of(bench, SIZE)
-    data, wide = (optimizers.make_data([count], 2, storage) for storage in (ALL_BFLOAT16, ALL_FLOAT32))
+    data, wide = (arrays.make_data([count], 2, storage) for storage in (ALL_BFLOAT16, ALL_FLOAT32))
     ours, peer = our_adam(data), our_adam(wide)
     row = new_row(case, data, data.bytes, f"{OURS} float32", Goal(">=", 1.7))
-    optimizers.three_steps(data, ours.step)
-    optimizers.three_steps(wide, peer.step)
-    optimizers.require_moved(data.params)
-    optimizers.require_close("float32 arrives elsewhere than bfloat16", wide.params, data.params, ROUNDING)
+    arrays.three_steps(data, ours.step)
+    arrays.three_steps(wide, peer.step)
+    arrays.require_moved(data.params)
+    arrays.require_close("float32 arrives elsewhere than bfloat16", wide.params, data.params, ROUNDING)
     compare(bench, row, ours.step, {row.peer: peer.step}, traffic_step(ours, data))
     for each, optimizer in ((data, ours), (wide, peer)):
         with_states(each, optimizer).require_finite()
@@ -288,13 +294,13 @@ def run_torch(bench: Bench, case: Case) -> list[Row]:
     """Narrow parameters and gradients against torch's fused kernel, with states of the dtype that torch gives them."""
     torch, note = load_torch(case.threads)
     state = BFLOAT16 if torch is None else torch_state_dtype(torch)
-    data = optimizers.make_data([optimizers.elements_of(bench, SIZE)], 2, (BFLOAT16, BFLOAT16, state))
+    data = arrays.make_data([optimizers.elements_of(bench, SIZE)], 2, (BFLOAT16, BFLOAT16, state))
     optimizer = our_adam(data)
     row = new_row(case, data, data.bytes, "torch", Goal(">=", 1.8), note=note or f"states of {state}")
     peers: dict[str, Step] = {}
     if torch is not None:
-        peers = {name: optimizers.torch_optimizer(ADAM, data, how).step for name, how in FUSED.items()}
-    optimizers.require_same(data, optimizer.step, peers, ROUNDING)
+        peers = {name: contenders.torch_optimizer(ADAM, data, how).step for name, how in FUSED.items()}
+    arrays.require_same(data, optimizer.step, peers, ROUNDING)
     compare(bench, row, optimizer.step, peers, traffic_step(optimizer, data))
     with_states(data, optimizer).require_finite()
     data.require_finite()
@@ -313,11 +319,11 @@ def torch_state_dtype(torch: Any) -> np.dtype[Any]:
 
 def run_stochastic(storage: Storage, bench: Bench, case: Case) -> list[Row]:
     """Show what rounding by chance costs; both contenders share parameters and gradients."""
-    data = optimizers.make_data([optimizers.elements_of(bench, SIZE)], 2, storage)
+    data = arrays.make_data([optimizers.elements_of(bench, SIZE)], 2, storage)
     ours, peer = (our_adam(data, rounding=rounding) for rounding in ("stochastic", "nearest"))
     row = new_row(case, data, data.bytes, "nearest", Goal("<=", 1.3), measure="ours / peer")
     row.ours = "stochastic"
-    optimizers.require_same(data, ours.step, {row.peer: peer.step}, CHANCE)
+    arrays.require_same(data, ours.step, {row.peer: peer.step}, CHANCE)
     samples = suite.compare(bench.plan, row, ours.step, {row.peer: peer.step})
     row.value = method.ratio(samples[row.ours], samples[row.peer])
     row.note = "stochastic's time over nearest's"
@@ -329,15 +335,15 @@ def run_stochastic(storage: Storage, bench: Bench, case: Case) -> list[Row]:
 def run_split(bench: Bench, case: Case) -> list[Row]:
     """Parameters in two halves against float32 ones that are copied; both contenders share the gradients."""
     count = optimizers.elements_of(bench, SIZE)
-    data = optimizers.make_data([count], 2, STATES_FLOAT32)
-    wide = replace(optimizers.make_data([count], 2, (FLOAT32, BFLOAT16, FLOAT32)), grads=data.grads)
-    mirrors = [optimizers.zeros(count, BFLOAT16)]
+    data = arrays.make_data([count], 2, STATES_FLOAT32)
+    wide = replace(arrays.make_data([count], 2, (FLOAT32, BFLOAT16, FLOAT32)), grads=data.grads)
+    mirrors = [arrays.zeros(count, BFLOAT16)]
     ours, peer = our_adam(data, master="split"), our_adam(wide, mirror=mirrors)
     size = data.bytes + 2 * sum(state["remainder"].nbytes for state in ours.state)
     row = new_row(case, data, size, "float32 and mirror", Goal(">=", 1.1))
-    optimizers.three_steps(data, ours.step)
-    optimizers.three_steps(wide, peer.step)
-    optimizers.require_moved(data.params)
+    arrays.three_steps(data, ours.step)
+    arrays.three_steps(wide, peer.step)
+    arrays.require_moved(data.params)
     if not np.array_equal(ours.master[0].view(np.uint32), wide.params[0].view(np.uint32)):
         raise CheckError("the master of split parameters is not the float32 parameter")
     compare(bench, row, ours.step, {row.peer: peer.step}, traffic_step(ours, data))
