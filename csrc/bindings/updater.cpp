@@ -67,6 +67,7 @@ class Updater final : public Naming {
     }
     counts_ = std::vector<std::atomic<std::int64_t>>(arrays_.size());
     received_ = std::vector<std::int64_t>(arrays_.size());
+    first_of_group_.resize(rules_.size());
     batch_.stochastic = stochastic;
   }
 
@@ -306,7 +307,6 @@ class Updater final : public Naming {
     std::int64_t t;
     Setting setting;
   };
-  static constexpr std::size_t kFewCohorts = 8;
 
   // Drops, at the end of a step that passed or failed, what it held of the caller's; and at its beginning, what a
   // thread was about to step that a fork has left behind.
@@ -489,22 +489,24 @@ class Updater final : public Naming {
     if (used_cohorts_ == cohorts_.size()) cohorts_.emplace_back();
     Cohort& cohort = cohorts_[used_cohorts_++];
     cohort = {group, t, std::move(setting)};
-    if (used_cohorts_ > kFewCohorts) cohort_index_[{group, t}] = &cohort;
+    if (first_of_group_[group] == nullptr) {
+      first_of_group_[group] = &cohort;
+    } else {
+      cohort_index_[{group, t}] = &cohort;
+    }
     return &cohort.setting;
   }
 
-  // The last one first. The index, whose nodes are allocated, has those behind the first few.
-  Cohort* find_cohort(std::size_t group, std::int64_t t) {
-    const auto is_meant = [&](const Cohort& cohort) { return cohort.group == group && cohort.t == t; };
-    if (used_cohorts_ > 0 && is_meant(cohorts_[used_cohorts_ - 1])) return &cohorts_[used_cohorts_ - 1];
-    for (std::size_t k = 0; k < std::min(used_cohorts_, kFewCohorts); ++k) {
-      if (is_meant(cohorts_[k])) return &cohorts_[k];
-    }
+  // The first of each group needs no index, whose nodes are allocated.
+  Cohort* find_cohort(std::size_t group, std::int64_t t) const {
+    Cohort* const first = first_of_group_[group];
+    if (first == nullptr || first->t == t) return first;
     const auto found = cohort_index_.find({group, t});
     return found == cohort_index_.end() ? nullptr : found->second;
   }
 
   void forget_cohorts() {
+    for (std::size_t k = 0; k < used_cohorts_; ++k) first_of_group_[cohorts_[k].group] = nullptr;
     used_cohorts_ = 0;
     cohort_index_.clear();
   }
@@ -550,6 +552,7 @@ class Updater final : public Naming {
   std::vector<Setting*> settings_of_;
   std::deque<Cohort> cohorts_;  // of which so many are used; those behind them keep their memory
   std::size_t used_cohorts_ = 0;
+  std::vector<Cohort*> first_of_group_;
   std::map<std::pair<std::size_t, std::int64_t>, Cohort*> cohort_index_;
 };
 

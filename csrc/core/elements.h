@@ -40,7 +40,8 @@ struct Surroundings {
     ema_starts = around.ema_starts || ema_decay == S(0);
     zero_grads = around.zero_grads;
   }
-  // Of an update with nothing around it: what has_... guards is known to the compiler not to be there.
+  // Of an update with nothing around it: what has_... guards is known to the compiler not to be there. has_none() asks
+  // for all that a step that is not `whole` looks at (step.h).
   HD static Surroundings none() { return Surroundings(Around{}); }
   HD bool has_none() const { return !(has_scale || has_l1 || has_l2 || has_decay); }
   // `clip`: a further factor of the gradient. `summed`: an accumulator is part of the gradient.
