@@ -501,6 +501,7 @@ def failed_row(case: str, note: str) -> Row:
         "tensors": 1,
         "all_seconds": {},
         "extra": {},
+        "samples": {},
         "met": False,
         "noisy": False,
         **nothing,

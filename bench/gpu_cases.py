@@ -433,7 +433,7 @@ def share_of_copy(machine: Machine, row: Row, copied: Samples, ours: Samples) ->
     if not row.bytes:
         raise ValueError("row: bytes are missing")
     scale = row.bytes / machine.copy.bytes
-    return method.bootstrap(lambda copy, own: copy * scale / own, copied, ours)
+    return method.median(copied * scale / ours)
 
 
 def against_copy(machine: Machine, row: Row, ours: Step) -> None:

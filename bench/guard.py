@@ -6,7 +6,8 @@ it, and nothing else. Valgrind knows no AVX-512: the table has scalar code and A
 memory decides; they find what the compiler suddenly does not unroll, keeps on the stack, or asks anew for each element.
 
 Other compilers make other instructions, so each has a column of its own. ``--update`` writes that of the library's, and
-counts anew what the rules read, write and compute (``bench/counts.json``).
+counts anew what the rules read, write and compute (``bench/counts.json``). With ``--strict`` 3 % fewer fail as well: a
+table that nobody tightens lets the next regression pass.
 """
 
 from __future__ import annotations
@@ -157,6 +158,10 @@ class Comparison:
     def failed(self) -> bool:
         return bool(self.worse or self.new or self.gone)
 
+    @property
+    def failed_strictly(self) -> bool:
+        return self.failed or bool(self.better)
+
 
 def compare(table: Mapping[str, Mapping[str, float]], counted: Mapping[str, Mapping[str, float]]) -> Comparison:
     """Compare the instruction sets that were counted."""
@@ -183,7 +188,7 @@ def report(result: Comparison) -> str:
     lines = []
     for title, rows in (
         (f"More instructions than the table allows (+{TOLERANCE:.0%}):", result.worse),
-        (f"Fewer instructions; to keep it so: {UPDATE}", result.better),
+        (f"Fewer instructions than in the table (-{TOLERANCE:.0%}); to keep it so: {UPDATE}", result.better),
     ):
         if rows:
             width = max(len(case) for case, _, _ in rows)
@@ -229,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--table", type=Path, default=TABLE)
     parser.add_argument("--update", action="store_true", help="write the table, and bench/counts.json")
-    parser.add_argument("--strict", action="store_true", help="fail where the table has nothing to compare with")
+    parser.add_argument("--strict", action="store_true", help="fail where the table is too loose or has nothing, too")
     options = parser.parse_args(arguments)
     try:
         compiler = compiler_of(options.library)
@@ -250,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"not counted: {', '.join(missing)}, which Valgrind does not have on this machine, or this build has not")
     result = compare(column, counted)
     print(f"{compiler}:\n{report(result)}")
-    return int(result.failed or (options.strict and bool(missing)))
+    return int(result.failed or (options.strict and (bool(missing) or result.failed_strictly)))
 
 
 if __name__ == "__main__":

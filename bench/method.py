@@ -1,8 +1,9 @@
 """How the benchmarks measure and report; no benchmark is in here.
 
 Contenders run interleaved, A B A B, in one process, so that what disturbs the machine disturbs them alike. Results are
-ratios of medians with a bootstrap interval over whole rounds. Every sample begins after a pause: worker threads that
-another contender left spinning have gone to sleep by then (torch's burn a core for 4 to 8 ms after their last region).
+medians of the ratios of single rounds, with a bootstrap interval over the rounds. Every sample begins after a pause:
+worker threads that another contender left spinning have gone to sleep by then (torch's burn a core for 4 to 8 ms after
+their last region).
 A contender that is quicker than one sample is called several times for it, after as many calls that are not timed, so
 that everybody is measured with its own threads warm, and with its own data warm too if it works on the same arrays at
 each call. (One call is not enough: a step over 1000 tensors, 16 MB, takes 1.5 ms after the pause, and reaches its 0.47
@@ -281,39 +282,21 @@ class Estimate:
         return self.high - self.low > NOISY * abs(self.value)
 
 
-def bootstrap(
-    statistic: Callable[..., Any], *samples: Samples, resamples: int = 2000, seed: int = 20240101
-) -> Estimate:
-    """Estimate a statistic of medians, with the percentile interval over resampled rounds.
-
-    Parameters
-    ----------
-    statistic : callable
-        Of as many medians as there are `samples`; must work elementwise.
-    *samples : array
-        Seconds by round. Rounds are drawn for all together, because what disturbs one contender in a round disturbs its
-        neighbours too.
-    """
-    rounds = samples[0].size
-    drawn = np.random.default_rng(seed).integers(rounds, size=(resamples, rounds))
-    values = statistic(*(np.median(sample[drawn], axis=1) for sample in samples))
-    low, high = np.percentile(values, (2.5, 97.5))
-    return Estimate(float(statistic(*(np.median(sample) for sample in samples))), float(low), float(high))
+def median(samples: Samples, resamples: int = 2000, seed: int = 20240101) -> Estimate:
+    """Median over rounds, with the percentile interval of the bootstrap: of the medians of rounds drawn anew."""
+    drawn = np.random.default_rng(seed).integers(samples.size, size=(resamples, samples.size))
+    low, high = np.percentile(np.median(samples[drawn], axis=1), (2.5, 97.5))
+    return Estimate(float(np.median(samples)), float(low), float(high))
 
 
 def ratio(over: Samples, under: Samples) -> Estimate:
-    """Ratio of medians."""
-    return bootstrap(np.divide, over, under)
+    """Median of the ratios of each round: what disturbs a round disturbs both sides of its ratio."""
+    return median(over / under)
 
 
 def difference(of: Samples, less: Samples) -> Estimate:
-    """Difference of medians."""
-    return bootstrap(np.subtract, of, less)
-
-
-def median(samples: Samples) -> Estimate:
-    """Take the median alone."""
-    return bootstrap(np.positive, samples)
+    """Median of the differences of each round."""
+    return median(of - less)
 
 
 def geometric_mean(estimates: Sequence[Estimate]) -> Estimate:
@@ -335,11 +318,11 @@ class Goal:
     bound: float
 
     def met(self, estimate: Estimate) -> bool | None:
-        """Judge a figure: None if it is too noisy to decide, or misses a goal that its interval still reaches."""
+        """Judge a figure by its whole interval: None if the bound lies within."""
         sign = 1.0 if self.sense == ">=" else -1.0
-        value, *ends = (sign * figure for figure in (estimate.value, estimate.low, estimate.high))
+        ends = (sign * estimate.low, sign * estimate.high)
         bound = sign * self.bound
-        if min(ends) >= bound or (value >= bound and not estimate.noisy):
+        if min(ends) >= bound:
             return True
         return False if max(ends) < bound else None
 
@@ -351,7 +334,7 @@ class Row:
     `measure` says what `value` is: ``"peer / ours"`` (how many times faster), ``"ours / peer"`` (a slowdown),
     ``"ours - peer"`` or ``"ours"`` (seconds). Without `value` the row was not measured, and `note` says why.
     `buffers` is ``"warm"`` (the same arrays at each call) or ``"rotated"`` (more than the last-level cache holds).
-    `extra` has figures that only rows of one kind have.
+    `extra` has figures that only rows of one kind have, `samples` the seconds of ours and the peer in each round.
     """
 
     case: str
@@ -375,6 +358,7 @@ class Row:
     tensors: int = 1
     all_seconds: dict[str, float] = field(default_factory=dict)
     extra: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def noisy(self) -> bool:
@@ -400,6 +384,8 @@ class Row:
         self.ours_estimate = median(samples[ours])
         self.peer_seconds = None if peer is None else self.all_seconds[peer]
         self.rounds = samples[ours].size
+        kept = [ours] if peer is None else [ours, peer]
+        self.samples = {name: [float(f"{seconds:.4g}") for seconds in samples[name]] for name in kept}
 
     def record(self) -> dict[str, Any]:
         """Return the row for JSON, with what is derived from its fields."""
@@ -473,8 +459,10 @@ def print_table(rows: Sequence[Row], title: str) -> None:
 def write_results(rows: Sequence[Row], environment: Mapping[str, Any], folder: Path, name: str) -> None:
     """Write ``name.json`` and ``name.md`` into `folder`, which is made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
-    results = {"environment": dict(environment), "rows": [row.record() for row in rows]}
-    (folder / f"{name}.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    # A line for each row, of which there are hundreds.
+    lines = ",\n".join(json.dumps(row.record(), allow_nan=False) for row in rows)
+    text = f'{{"environment": {json.dumps(dict(environment), indent=1, allow_nan=False)},\n"rows": [\n{lines}\n]}}\n'
+    (folder / f"{name}.json").write_text(text, encoding="utf-8")
     facts = "\n".join(f"* {key}: {value}" for key, value in environment.items())
     (folder / f"{name}.md").write_text(f"# {name}\n\n{markdown_table(rows)}\n\n{facts}\n", encoding="utf-8")
 
@@ -510,6 +498,15 @@ def _cpu_counts() -> dict[str, int]:
     for siblings in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings_list"):
         cores.add(siblings.read_text(encoding="ascii").strip())
     return {"physical": len(cores), "logical": os.cpu_count() or 1, "usable": len(usable_cpus())}
+
+
+def _huge_pages() -> str:
+    """Say when the system gives huge pages: always, to those that ask for them (madvise), or never."""
+    try:
+        modes = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="ascii")
+    except OSError:
+        return "unknown"
+    return modes.partition("[")[2].partition("]")[0]
 
 
 def _compiler() -> str:
@@ -553,7 +550,9 @@ def environment(plan: Plan) -> dict[str, Any]:
         **{package: _version(package) for package in PEERS},
         "compiler": _compiler(),
         "onepass": onepass.__version__,
-        "system": f"{platform.system()} {platform.machine()}",
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "C library": " ".join(platform.libc_ver()),
+        "huge pages": _huge_pages(),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "plan": asdict(plan),

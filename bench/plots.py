@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ from typing import Any
 import matplotlib.style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 import records
+from method import ROTATED, WARM
 from records import CONTENDERS, OURS, Results, Row, extra, part, rank, wide
 
 STYLE = {
@@ -51,6 +53,7 @@ WIDTH = 8.0  # inches: 1280 pixels, shown at about 800
 LOOKS = {
     OURS: ("#D55E00", "o"),
     "torch fused": ("#0072B2", "s"),
+    "torch fused, flush_denormal": ("#332288", "p"),
     "torch compiled": ("#009E73", "D"),
     "torch foreach": ("#56B4E9", "^"),
     "torch for-loop": ("#7F7F7F", "v"),
@@ -60,7 +63,7 @@ LOOKS = {
     "NumPy in place": ("#9A9A9A", "<"),
     "NumPy": ("#000000", ">"),
 }
-UNKNOWN = (("#4B3F72", "h"), ("#A50F15", "*"), ("#1B7837", "p"))
+UNKNOWN = (("#4B3F72", "h"), ("#A50F15", "*"), ("#1B7837", "d"))
 # Of levels of memory, with the size of a marker: where points coincide all are seen.
 LEVELS = (
     ("#440154", "o", 11.0),
@@ -100,10 +103,17 @@ def machine(results: Results, name: str, rows: Sequence[Row] = ()) -> str:
     )
 
 
-def marked(rows: Sequence[Row]) -> str:
+HOLLOW = "; hollow: interval wider than 15 %"
+
+
+def marked(estimates: Iterable[Mapping[str, float] | None]) -> str:
     """Say what hollow means where something is."""
-    noisy = any(wide(row["value"]) or wide(row.get("ours_estimate")) for row in rows)
-    return "; hollow: interval wider than 15 %" if noisy else ""
+    return HOLLOW if any(map(wide, estimates)) else ""
+
+
+def values(rows: Iterable[Row]) -> list[Mapping[str, float] | None]:
+    """Return the figures of rows."""
+    return [row["value"] for row in rows]
 
 
 def seconds_label(value: float, _: int = 0) -> str:
@@ -130,14 +140,21 @@ def logarithmic(axis: Any, low: float, high: float, label: Callable[[float, int]
     axis.set_minor_formatter(NullFormatter())
 
 
-def plot(axes: Any, name: str, points: Mapping[float, tuple[float, bool]], index: int = 0) -> Any:
-    """Draw a contender's line: for each x its y, and whether that is noisy. Ours is wide and lies under the others."""
+def plot(
+    axes: Any, name: str, points: Mapping[float, tuple[float, bool]], index: int = 0, places: Iterable[float] = ()
+) -> None:
+    """Draw a contender's line: for each x its y, and whether that is noisy. Ours is wide and lies under the others.
+
+    The line has a gap at those of `places` between its points where it has none.
+    """
     colour, marker = look(name, index)
     ours = name == OURS
     xs = sorted(points)
-    ys = [points[x][0] for x in xs]
+    gaps = [x for x in places if xs and xs[0] < x < xs[-1] and x not in points]
+    line = sorted([*xs, *gaps])
+    ys = [points[x][0] if x in points else math.nan for x in line]
     above = 3 if ours else 5
-    (line,) = axes.plot(xs, ys, color=colour, linewidth=OUR_WIDTH if ours else 1.5, zorder=above, label=name)
+    axes.plot(line, ys, color=colour, linewidth=OUR_WIDTH if ours else 1.5, zorder=above, label=name)
     for noisy in (False, True):
         chosen = [x for x in xs if points[x][1] is noisy]
         axes.plot(
@@ -152,19 +169,24 @@ def plot(axes: Any, name: str, points: Mapping[float, tuple[float, bool]], index
             zorder=above + 1,
             label="_",
         )
-    return line
 
 
-def legend(figure: Any, axes: Any, names: Sequence[str]) -> None:
-    """Show under the axes which line and marker is whose, ours first."""
+def legend(figure: Any, axes: Any, names: Sequence[str], others: Sequence[Any] = ()) -> None:
+    """Show under the axes which line and marker is whose, ours first, and then what `others` are."""
     handles = []
     for index, name in enumerate(names):
         colour, marker = look(name, index)
         (handle,) = axes.plot(
-            [], [], color=colour, marker=marker, linewidth=OUR_WIDTH if name == OURS else 1.5, markersize=6, label=name
+            [],
+            [],
+            color=colour,
+            marker=marker,
+            linewidth=OUR_WIDTH if name == OURS else 1.5,
+            markersize=6,
+            label=records.shown(name),
         )
         handles.append(handle)
-    figure.legend(handles=handles, loc="outside lower center", ncols=4 if len(names) != 5 else 5)
+    figure.legend(handles=[*handles, *others], loc="outside lower center", ncols=4)
 
 
 def peers_of(rows: Sequence[Row]) -> list[str]:
@@ -187,27 +209,65 @@ def sweep_rows(results: Results, kind: str, rule: str = "Adam") -> list[Row]:
     return best_threads(rows)
 
 
+def elements_of(row: Row) -> float:
+    """Return how many elements a row's arrays have."""
+    return float(row["elements"])
+
+
+def tensors_of(row: Row) -> float:
+    """Return how many tensors a row has."""
+    return float(row["tensors"])
+
+
+WARM_TOO = (OURS, "torch fused")  # whose second, thin line shows what warm arrays take
+DASHES = (0, (2.5, 1.5))
+
+
+def thin(axes: Any, name: str, points: Mapping[float, float]) -> None:
+    """Draw a second line of a contender: dashed, without markers."""
+    xs = sorted(points)
+    width = 1.6 if name == OURS else 1.1
+    axes.plot(xs, [points[x] for x in xs], color=look(name)[0], linewidth=width, linestyle=DASHES, zorder=4, label="_")
+
+
 def times_and_ratios(
     rows: Sequence[Row], x_of: Callable[[Row], float], height: float, title: str, subtitle: str
 ) -> tuple[Any, Any, Any]:
-    """Draw the time of everybody above, and how many times longer than ours below."""
-    figure = new_figure(height, title, subtitle)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1.9, 1.0))
-    names = [OURS, *peers_of(rows)]
+    """Draw the time of everybody above, and how many times longer than ours below.
+
+    Lines are of rotated arrays wherever such were measured; dashed ones show warm arrays, if both were.
+    """
+    main = records.cold_first(rows, x_of)
+    warm = [row for row in rows if records.buffers(row) == WARM] if len(main) < len(rows) else []
+    names = [OURS, *peers_of(main)]
     ours, share = {}, {}
-    for x, group in records.grouped(rows, x_of).items():
+    for x, group in records.grouped(main, x_of).items():
         seconds = records.our_seconds(group)
         if seconds is not None:
             ours[x] = (seconds, all(wide(row.get("ours_estimate")) for row in group))
             share[x] = (1.0, False)
+    hollow = any(noisy for _, noisy in ours.values()) or any(map(wide, values(main)))
+    figure = new_figure(height, title, subtitle + (HOLLOW if hollow else ""))
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1.9, 1.0))
     times: list[float] = [seconds for seconds, _ in ours.values()]
     ratios = [1.0]
     plot(upper, OURS, ours)
     lower.plot(sorted(share), [1.0] * len(share), color=look(OURS)[0], linewidth=OUR_WIDTH, zorder=3, label="_")
     for index, name in enumerate(names[1:], 1):
-        own = [row for row in rows if row["peer"] == name]
-        plot(upper, name, {x_of(row): (row["peer_seconds"], wide(row["value"])) for row in own}, index)
-        plot(lower, name, {x_of(row): (row["value"]["value"], wide(row["value"])) for row in own}, index)
+        own = [row for row in main if row["peer"] == name]
+        plot(upper, name, {x_of(row): (row["peer_seconds"], wide(row["value"])) for row in own}, index, ours)
+        plot(lower, name, {x_of(row): (row["value"]["value"], wide(row["value"])) for row in own}, index, ours)
+        times += [row["peer_seconds"] for row in own]
+        ratios += [row["value"]["value"] for row in own]
+    groups = records.grouped(warm, x_of)
+    if warm:
+        own_times = {x: seconds for x, group in groups.items() if (seconds := records.our_seconds(group)) is not None}
+        thin(upper, OURS, own_times)
+        times += own_times.values()
+    for name in WARM_TOO[1:]:
+        own = [row for row in warm if row["peer"] == name]
+        thin(upper, name, {x_of(row): row["peer_seconds"] for row in own})
+        thin(lower, name, {x_of(row): row["value"]["value"] for row in own})
         times += [row["peer_seconds"] for row in own]
         ratios += [row["value"]["value"] for row in own]
     for axes in (upper, lower):
@@ -221,9 +281,34 @@ def times_and_ratios(
     logarithmic(lower.yaxis, low, high, lambda value, _: f"{value:g}x")
     upper.set_ylabel("time of a step")
     lower.set_ylabel("time relative\nto onepass")
-    legend(figure, upper, names)
+    border(upper, lower, main, x_of)
+    dashed = Line2D([], [], color="#444444", linewidth=1.4, linestyle=DASHES, label="the same, warm arrays")
+    legend(figure, upper, names, [dashed] if warm else [])
     figure.align_ylabels()
     return figure, upper, lower
+
+
+def border(upper: Any, lower: Any, rows: Sequence[Row], x_of: Callable[[Row], float]) -> None:
+    """Show from where on the arrays are rotated."""
+    cold = [x_of(row) for row in rows if records.buffers(row) == ROTATED]
+    before = [x_of(row) for row in rows if records.buffers(row) == WARM and cold and x_of(row) < min(cold)]
+    if not before:
+        return
+    place = math.sqrt(max(before) * min(cold))
+    for axes in (upper, lower):
+        axes.axvline(place, color="#777777", linewidth=1.0, linestyle=(0, (1, 2)), zorder=1)
+    for text, side, offset in ((WARM, "right", -5), (f"arrays {ROTATED}", "left", 5)):
+        upper.annotate(
+            text,
+            (place, 0.97),
+            xycoords=("data", "axes fraction"),
+            xytext=(offset, 0),
+            textcoords="offset points",
+            ha=side,
+            va="top",
+            fontsize=9,
+            color="#555555",
+        )
 
 
 def draw_size(results: Results) -> Any:
@@ -231,10 +316,10 @@ def draw_size(results: Results) -> Any:
     rows = sweep_rows(results, "size")
     figure, _, lower = times_and_ratios(
         rows,
-        lambda row: float(row["elements"]),
+        elements_of,
         6.6,
         "One step of Adam on one float32 array",
-        machine(results, "sweeps", rows) + marked(rows),
+        machine(results, "sweeps", rows),
     )
     sizes = sorted({row["elements"] for row in rows})
     lower.set_xticks(
@@ -251,10 +336,10 @@ def draw_tensors(results: Results) -> Any:
     each = {row["elements"] // row["tensors"] for row in rows}
     figure, _, lower = times_and_ratios(
         rows,
-        lambda row: float(row["tensors"]),
+        tensors_of,
         6.0,
         "One step of Adam on many small float32 arrays",
-        machine(results, "sweeps", rows) + marked(rows),
+        machine(results, "sweeps", rows),
     )
     counts = sorted({row["tensors"] for row in rows})
     lower.set_xticks(counts, [f"{number:,}" for number in counts])
@@ -271,34 +356,32 @@ def draw_subnormal(results: Results) -> Any:
     rows = sweep_rows(results, "subnormal")
     figure = new_figure(
         4.4,
-        "The subnormal cliff: Adam's moments once gradients stay zero",
-        machine(results, "sweeps", rows) + marked(rows),
+        "Steps with subnormal moments: Adam",
+        machine(results, "sweeps", rows)
+        + marked(records.slowdown(row, whose) for row in rows for whose in ("ours", "peer")),
     )
     axes = figure.subplots()
-    ours = {}
-    for fraction, group in records.grouped(rows, lambda row: extra(row, "fraction")).items():
-        slow = [value for row in group if (value := extra(row, "ours_slowdown")) is not None]
-        if slow:
-            ours[100.0 * fraction] = (
-                sorted(slow)[len(slow) // 2],
-                all(wide(row.get("ours_estimate")) for row in group),
-            )
+    ours = {
+        100.0 * fraction: (slow["value"], wide(slow))
+        for fraction, group in records.grouped(rows, lambda row: extra(row, "fraction")).items()
+        if (slow := records.our_slowdown(group)) is not None
+    }
     names = [OURS, *peers_of(rows)]
     plot(axes, OURS, ours)
     highest = max(value for value, _ in ours.values())
     for index, name in enumerate(names[1:], 1):
         points = {}
         for row in rows:
-            fraction, value = extra(row, "fraction"), extra(row, "peer_slowdown")
-            if row["peer"] == name and fraction is not None and value is not None:
-                points[100.0 * fraction] = (value, wide(row["value"]))
-                highest = max(highest, value)
+            fraction, slow = extra(row, "fraction"), records.slowdown(row, "peer")
+            if row["peer"] == name and fraction is not None and slow is not None:
+                points[100.0 * fraction] = (slow["value"], wide(slow))
+                highest = max(highest, slow["value"])
         plot(axes, name, points, index)
     axes.set_ylim(0.0, max(1.5, 1.12 * highest))
     axes.set_xlim(-3.0, 103.0)
     axes.set_xlabel("elements whose moments are subnormal (%)")
     axes.set_ylabel("time of a step\nrelative to none subnormal")
-    axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(8, integer=highest > 4.0))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
     legend(figure, axes, names)
     return figure
@@ -372,7 +455,7 @@ def draw_batchnorm(results: Results) -> Any:
     figure = new_figure(
         6.0,
         "Batch normalization: time of torch over time of onepass",
-        machine(results, "batchnorm", drawn) + ", float32; whiskers: 95 %" + marked(drawn),
+        machine(results, "batchnorm", drawn) + ", float32; whiskers: 95 %" + marked(values(drawn)),
     )
     grid = figure.subplots(2, 2, sharex=True, sharey=True)
     colour, farthest = look(OURS)[0], 1.0
@@ -411,12 +494,12 @@ def draw_batchnorm(results: Results) -> Any:
 def draw_models(results: Results) -> Any:
     """Time of each peer relative to ours, for the parameters of real models."""
     rows = best_threads([row for row in results.rows("sweeps", "model") if row["value"] is not None])
-    models = records.grouped(rows, lambda row: part(row, 1))
+    models = records.grouped(rows, records.model)
     names = peers_of(rows)
     figure = new_figure(
         1.7 + 0.27 * (len(names) + 1.3) * len(models),
-        "A step of Adam over the parameters of real models",
-        machine(results, "sweeps", rows) + ", float32; whiskers: 95 %" + marked(rows),
+        "A step of AdamW over the parameters of real models",
+        machine(results, "sweeps", rows) + ", float32; whiskers: 95 %" + marked(values(rows)),
     )
     axes = figure.subplots()
     step = 1.0 / (len(names) + 1.3)
@@ -445,7 +528,7 @@ def draw_models(results: Results) -> Any:
     axes.set_xlabel("time of a step relative to onepass")
     axes.set_ylabel("model")
     looks = {name: look(name, index)[0] for index, name in enumerate([OURS, *names], -1)}
-    handles = [Patch(color=colour, label=name) for name, colour in looks.items()]
+    handles = [Patch(color=colour, label=records.shown(name)) for name, colour in looks.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
     return figure
 
@@ -753,7 +836,7 @@ PICTURES = (
     ),
     Picture(
         "models",
-        "Time of a step over the parameters of real models, relative to onepass",
+        "Time of a step of AdamW over the parameters of real models, relative to onepass",
         ("sweeps",),
         lambda results: any(row["value"] is not None for row in results.rows("sweeps", "model")),
         draw_models,

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeAlias
 
-from method import NOISY, format_seconds
+from method import NOISY, ROTATED, Estimate, Goal, format_seconds
 
 Row: TypeAlias = Mapping[str, Any]
 
@@ -27,6 +27,7 @@ STORAGE = "float32-float32-float32"
 CONTENDERS = (
     OURS,
     "torch fused",
+    "torch fused, flush_denormal",
     "torch compiled",
     "torch foreach",
     "torch for-loop",
@@ -45,10 +46,12 @@ def _plain(name: str) -> str:
 def contender(name: str) -> str:
     """Return which of the known contenders a row's name is, or the name itself."""
     plain = _plain(name)
-    for known in (*CONTENDERS[:5], *CONTENDERS[6:], "torch"):
-        if plain.startswith(_plain(known)):
-            return known
-    return name
+    return max((known for known in CONTENDERS if plain.startswith(_plain(known))), key=len, default=name)
+
+
+def shown(name: str) -> str:
+    """Write a contender as tables and legends do: NumPy has one thread where others have more."""
+    return f"{name} (1 thread)" if contender(name).startswith("NumPy") else name
 
 
 def rank(name: str) -> tuple[int, str]:
@@ -94,7 +97,20 @@ def load(folder: Path) -> Results:
             if file.exists():
                 sources[name] = file.read_bytes()
                 break
-    return Results({name: json.loads(source) for name, source in sources.items()}, sources)
+    contents = {name: json.loads(source) for name, source in sources.items()}
+    for content in contents.values():
+        for row in content.get("rows", []):
+            row["met"] = is_met(row)
+    return Results(contents, sources)
+
+
+def is_met(row: Row) -> bool | None:
+    """Judge a row by its interval and goal, so that old records, too, are judged as new ones are."""
+    if row["failed"]:
+        return False
+    if row["goal"] is None or row["value"] is None:
+        return None
+    return Goal(**row["goal"]).met(Estimate(**row["value"]))
 
 
 # --- One row ----------------------------------------------------------------------------------------------------------
@@ -104,6 +120,32 @@ def extra(row: Row, name: str) -> float | None:
     """Return a figure of a kind of row."""
     value: float | None = (row.get("extra") or {}).get(name)
     return value
+
+
+def slowdown(row: Row, whose: str) -> dict[str, float] | None:
+    """Return how many times longer a step takes with subnormal moments; `whose` is ``"ours"`` or ``"peer"``."""
+    value = extra(row, f"{whose}_slowdown")
+    if value is None:
+        return None
+    ends = {end: extra(row, f"{whose}_slowdown_{end}") for end in ("low", "high")}
+    return {"value": value, **{end: value if known is None else known for end, known in ends.items()}}
+
+
+def our_slowdown(rows: Iterable[Row]) -> dict[str, float] | None:
+    """Return the middle one of those of ours in a case that has one row for each peer."""
+    found = sorted((one for row in rows if (one := slowdown(row, "ours"))), key=lambda one: one["value"])
+    return found[len(found) // 2] if found else None
+
+
+def buffers(row: Row) -> str:
+    """Return ``"warm"`` or ``"rotated"``; nothing where the row does not say."""
+    return str(row.get("buffers") or "")
+
+
+def cold_first(rows: Iterable[Row], key: Any) -> list[Row]:
+    """Return of the rows with the same key those with rotated arrays, or all of them where there are none."""
+    groups = grouped(rows, key)
+    return [row for group in groups.values() for row in ([row for row in group if buffers(row) == ROTATED] or group)]
 
 
 def is_share(row: Row) -> bool:
@@ -172,6 +214,12 @@ def part(row: Row, index: int) -> str:
     """Return one word of a case: ``size/Adam/1024/torch fused``."""
     words: list[str] = row["case"].split("/")
     return words[index] if index < len(words) else ""
+
+
+def model(row: Row) -> str:
+    """Return the name of a model, which may have a slash in it: ``model/ViT-B/16/torch fused``."""
+    case: str = row["case"]
+    return case.removeprefix("model/").removesuffix(f"/{row['peer']}")
 
 
 def grouped(rows: Iterable[Row], *keys: Any) -> dict[Any, list[Row]]:

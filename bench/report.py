@@ -6,9 +6,10 @@ report can be made of a part. ``--check`` changes nothing and fails
 
 * if a block is not what the records give,
 * if a picture is missing, was drawn from other records, or shows what is no longer there,
-* if a goal is missed and the page's section about that has no cause for it, or has one for a goal that is met. A cause
-  is an entry of a list that begins with the names of its cases in code marks, or with what their names begin with, and
-  a colon.
+* if a goal is missed and the page's section about that has no cause for it, or one that was "not found", or has a
+  cause for a goal that is met. A cause is an entry of a list that begins with the names of its cases in code marks, or
+  with what their names begin with, and a colon,
+* if the records of the CPU are of different commits, of sources that no commit holds, quick, or of a part of the cases.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from records import (
     STORAGE,
     Results,
     Row,
+    buffers,
     count,
     extra,
     figure,
@@ -41,10 +43,16 @@ from records import (
     grouped,
     interval,
     is_against_peer,
+    is_share,
     load,
+    model,
     our_seconds,
+    our_slowdown,
     part,
     rank,
+    shown,
+    slowdown,
+    wide,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,9 +126,21 @@ class Line:
     spread: bool = False
 
     def of(self, rows: Iterable[Row]) -> list[Row]:
-        """Return the line's rows: those with a goal, if some have one."""
-        found = [row for row in rows if re.match(self.pattern, row["case"])]
-        return [row for row in found if row["goal"] is not None or row["failed"]] or found
+        """Return the line's rows."""
+        return [row for row in rows if re.match(self.pattern, row["case"])]
+
+    def name(self, row: Row) -> str:
+        """Return what the line calls one of its rows."""
+        found = re.match(self.pattern, row["case"])
+        return " ".join(filter(None, found.groups())) if found else ""
+
+    def arrays(self, rows: Sequence[Row]) -> str:
+        """Say which of the line's rows had warm arrays, and which rotated ones."""
+        groups = grouped((row for row in rows if buffers(row)), buffers)
+        known = sum(map(len, groups.values())) == len(rows)
+        if self.spread or not groups or (known and len(groups) == 1):
+            return ", ".join(sorted(groups))
+        return "; ".join(f"{how}: {', '.join(filter(None, map(self.name, own)))}" for how, own in groups.items())
 
     def figures(self, rows: Sequence[Row]) -> str:
         """Write the figures of the line's rows."""
@@ -128,19 +148,18 @@ class Line:
         if not measured:
             return "not measured" if not any(row["failed"] for row in rows) else "FAILED"
         if not self.spread:
-            named = ((" ".join(filter(None, re.match(self.pattern, row["case"]).groups())), row) for row in rows)  # type: ignore[union-attr]
-            return ", ".join(f"{name} {figure(row)}".strip() for name, row in named)
+            return ", ".join(f"{self.name(row)} {figure(row)}".strip() for row in rows)
         measured.sort(key=lambda row: row["value"]["value"])
         least, most = measured[0], measured[-1]
         text = figure(least) if len(measured) == 1 else f"{figure(least)} to {figure(most)}"
         lost = len(rows) - len(measured)
         return text + (f"; {lost} of {len(rows)} not measured" if lost else "")
 
-    def cells(self, rows: Sequence[Row]) -> tuple[str, str, str, str]:
-        """Write the line: what, figure, goal, met."""
+    def cells(self, rows: Sequence[Row]) -> tuple[str, ...]:
+        """Write the line as HEADER says."""
         goals = [goal(row) for row in rows if goal(row)]
         wanted = goals[0] if len(set(goals)) == 1 else ", ".join(goals)
-        return (self.what, self.figures(rows), wanted, verdict(rows))
+        return (self.what, self.arrays(rows), self.figures(rows), wanted, verdict(rows))
 
 
 def verdict(rows: Iterable[Row]) -> str:
@@ -162,39 +181,65 @@ OPTIMIZERS = (
         spread=True,
     ),
     *(
-        Line(f"{name}, against torch fused", rf"fused/{name}/([^/]+)")
+        line
         for name in ("SGD", "Momentum", "Adam", "AMSGrad", "AdaGrad")
+        for line in (
+            Line(f"{name}, against torch fused", rf"fused/{name}/([^/]+)$"),
+            Line(f"{name}, 1M elements, arrays rotated", rf"fused/{name}/1M/rotated$"),
+        )
     ),
-    Line("16M elements, against torch's fastest, which is not fused", r"unfused/([^/]+)"),
+    Line("16M elements, against torch's fastest, which is not fused", r"unfused/([^/]+)/"),
     Line("1000 tensors of 1000, Adam, against torch fused", r"many/Adam/"),
     Line("one tensor of 64, the whole call, Adam, against torch fused", r"small/Adam/64(?!/seconds)"),
     Line("the same: time of a call", r"small/Adam/64/seconds"),
     Line("Adam with all moments subnormal, time relative to a normal step", r"subnormal/Adam/16M/onepass"),
-    Line("Adam, 16M elements, against its formula in NumPy", r"numpy/Adam/16M/formula"),
+    Line("the same of torch fused, relative to its own normal step", r"subnormal/Adam/16M/torch"),
+    Line("Adam, 16M elements, against its formula in NumPy, which uses one thread", r"numpy/Adam/16M/formula"),
+    Line("the same, written without temporary arrays", r"numpy/Adam/16M/in-place"),
     Line("`import onepass` beyond NumPy's own", r"import"),
 )
 SHAPE = r"(\d\S*x\d+)$"
-BATCHNORM = (
-    Line("forward, NCHW, against torch", rf"forward/NCHW/{SHAPE}"),
-    Line("forward, NHWC, against torch channels_last", rf"forward/NHWC/{SHAPE}"),
-    Line("forward, N x C, against torch", rf"forward/NC/{SHAPE}"),
-    Line("backward, NCHW, against torch", rf"backward/NCHW/{SHAPE}"),
-    Line("the same, geometric mean", r"backward/NCHW/geometric"),
-    Line("backward, NHWC, against torch channels_last", rf"backward/NHWC/{SHAPE}"),
-    Line("the same, geometric mean", r"backward/NHWC/geometric"),
-    Line("backward, NCHW, against torch's fastest, memory recycled", rf"backward-recycled/NCHW/{SHAPE}"),
-    Line("the same, geometric mean", r"backward-recycled/NCHW/geometric"),
-    Line("backward, NHWC, against torch's fastest, memory recycled", rf"backward-recycled/NHWC/{SHAPE}"),
-    Line("the same, geometric mean", r"backward-recycled/NHWC/geometric"),
-    Line("forward: share of a copy's speed", r"copy/"),
-    Line("forward with residual and ReLU, against three passes", r"fused/"),
-    Line("forward without `out=`, time relative to with it", r"without-out/"),
-    Line("forward, against the formula in NumPy", r"numpy/\S+/formula"),
-)
+ROTATED = r"(\d\S*x\d+)/rotated$"
+GOAL_SHAPE = "32x64x56x56"
+
+
+def batchnorm_lines() -> Iterator[Line]:
+    """Yield the lines about batch normalization."""
+    against = {
+        "NCHW": "forward, NCHW, against torch",
+        "NHWC": "forward, NHWC, against torch channels_last",
+        "NC": "forward, N x C, against torch",
+    }
+    for layout, what in against.items():
+        yield Line(what, rf"forward/{layout}/{SHAPE}")
+        yield Line("the same, arrays rotated", rf"forward/{layout}/{ROTATED}")
+        if layout != "NC":
+            yield Line("the same, against torch compiled", rf"compiled/{layout}/forward/{SHAPE}")
+    for kind, layout, what in (
+        ("backward", "NCHW", "backward, NCHW, against torch"),
+        ("backward", "NHWC", "backward, NHWC, against torch channels_last"),
+        ("backward-recycled", "NCHW", "backward, NCHW, against torch's fastest, memory recycled"),
+        ("backward-recycled", "NHWC", "backward, NHWC, against torch's fastest, memory recycled"),
+    ):
+        yield Line(what, rf"{kind}/{layout}/{SHAPE}")
+        yield Line("the same, geometric mean", rf"{kind}/{layout}/geometric")
+    yield Line("forward, NCHW: share of a copy's speed", rf"copy/{SHAPE}")
+    yield Line("forward, NHWC: share of a copy's speed", rf"copy/NHWC/{SHAPE}")
+    yield Line("forward, N x C: share of a copy's speed", rf"copy/NC/{SHAPE}")
+    yield Line("forward with residual and ReLU, against three passes", rf"fused/({GOAL_SHAPE})$")
+    yield Line("the same, another shape", rf"fused/(?!{GOAL_SHAPE}$){SHAPE}")
+    yield Line("forward with residual and ReLU, NCHW, against torch compiled", rf"compiled/NCHW/fused/{SHAPE}")
+    yield Line("forward with residual and ReLU, NHWC, against torch compiled", rf"compiled/NHWC/fused/{SHAPE}")
+    yield Line("forward without `out=`, time relative to with it", r"without-out/")
+    yield Line("forward, against the formula in NumPy, which uses one thread", r"numpy/\S+/formula")
+    yield Line("the same, written without temporary arrays", r"numpy/\S+/in-place")
+
+
+BATCHNORM = tuple(batchnorm_lines())
 WHOLE_STEP = (
     Line(
         "clip, unscale, AdamW, average, bfloat16 copy, zeroed gradients: against torch's six calls",
-        r"whole/AdamW/torch",
+        r"whole/AdamW/torch$",
     ),
     Line("the same: share of the yardstick's speed", r"whole/AdamW/traffic"),
     Line(
@@ -213,7 +258,7 @@ GOALS: Mapping[str, tuple[str, Sequence[Line]]] = {
     "batchnorm": ("Goals of batch normalization", BATCHNORM),
     "whole_step": ("Goals of the whole step, and of fewer bits", WHOLE_STEP),
 }
-HEADER = ("case", "figure", "goal", "met")
+HEADER = ("case", "arrays", "figure", "goal", "met")
 
 
 def goal_table(lines: Sequence[Line], rows: Sequence[Row]) -> str:
@@ -222,7 +267,7 @@ def goal_table(lines: Sequence[Line], rows: Sequence[Row]) -> str:
     for line in lines:
         own = line.of(rows)
         seen |= {row["case"] for row in own}
-        made.append(line.cells(own) if own else (line.what, "not measured", "", ""))
+        made.append(line.cells(own) if own else (line.what, "", "not measured", "", ""))
     made += [
         Line(code(row["case"]), re.escape(row["case"]) + "$").cells([row])
         for row in rows
@@ -250,7 +295,7 @@ def gpu_part(results: Results) -> str:
     return (
         f"Measured on {environment.get('device', 'an unknown device')}, CuPy {environment.get('cupy', '?')}, "
         f"torch {environment.get('torch', '?')}. Every row with its interval: [gpu.md](../bench/results/gpu.md).\n\n"
-        + gpu.goal_table(results.contents["gpu"].get("goals") or gpu.goals(results.rows("gpu")))
+        + gpu.goal_table(gpu.goals(results.rows("gpu")))
         + "\n"
     )
 
@@ -285,16 +330,19 @@ def missed_block(results: Results) -> str:
     rows = missed(results)
     if rows:
         text += table(
-            ("missed", "figure", "95 %", "goal"),
-            ((code(name), figure(row), interval(row) if row["value"] else "", goal(row)) for name, row in rows.items()),
+            ("missed", "arrays", "figure", "95 %", "goal"),
+            (
+                (code(name), buffers(row), figure(row), interval(row) if row["value"] else "", goal(row))
+                for name, row in rows.items()
+            ),
         )
     else:
         text += "No goal is missed.\n"
     rows = undecided(results)
     if rows:
-        text += "\nToo noisy to decide, or missed by less than their interval:\n\n" + table(
-            ("open", "figure", "95 %", "goal"),
-            ((code(name), figure(row), interval(row), goal(row)) for name, row in rows.items()),
+        text += "\nOpen, because the goal lies within the interval:\n\n" + table(
+            ("open", "arrays", "figure", "95 %", "goal"),
+            ((code(name), buffers(row), figure(row), interval(row), goal(row)) for name, row in rows.items()),
         )
     return text
 
@@ -303,8 +351,9 @@ def times_cells(name: str, row: Row) -> tuple[str, ...]:
     """Write a comparison with its times."""
     return (
         code(name),
+        buffers(row),
         format_seconds(row["ours_seconds"]),
-        f"{row['peer']} {format_seconds(row['peer_seconds'])}".strip(),
+        f"{shown(row['peer'])} {format_seconds(row['peer_seconds'])}".strip(),
         figure(row),
         interval(row),
     )
@@ -313,7 +362,7 @@ def times_cells(name: str, row: Row) -> tuple[str, ...]:
 def peers_block(results: Results) -> str:
     """List what a peer does faster, in less memory, or as fast, and whom nobody met."""
     compared = [(name, row) for name, row in every_row(results) if is_against_peer(row) and row["value"] is not None]
-    header = ("case", "onepass", "peer", "peer / onepass", "95 %")
+    header = ("case", "arrays", "onepass", "peer", "peer / onepass", "95 %")
     slower = [(name, row) for name, row in compared if row["value"]["high"] < 1.0]
     equal = [(name, row) for name, row in compared if row["value"]["low"] <= 1.0 <= row["value"]["high"]]
     faster = len(compared) - len(slower) - len(equal)
@@ -363,30 +412,31 @@ def absent(results: Results) -> str:
 # --- Causes -----------------------------------------------------------------------------------------------------------
 
 
-CAUSE = re.compile(r"^\* ((?:`[^`]+`(?:,\s+|(?=:)))+):", re.MULTILINE)
+CAUSE = re.compile(r"^\* ((?:`[^`]+`(?:,\s+|(?=:)))+):[ \n]*(.*)", re.MULTILINE)
+NO_CAUSE = "not found"
 
 
-def causes(text: str) -> list[str]:
-    """Return the names, or beginnings of names, for which the page has a cause."""
+def causes(text: str) -> dict[str, str]:
+    """Return the names, or beginnings of names, for which the page has a cause, with that cause's first line."""
     _, found, section = text.partition(f"\n## {MISSED_SECTION}\n")
     if not found:
-        return []
+        return {}
     section = section.partition("\n## ")[0]
     _, _, section = section.partition(Block.end_of("missed"))
-    return [name for match in CAUSE.finditer(section) for name in re.findall(r"`([^`]+)`", match[1])]
+    return {name: match[2] for match in CAUSE.finditer(section) for name in re.findall(r"`([^`]+)`", match[1])}
 
 
 def complaints_about_causes(text: str, results: Results) -> list[str]:
-    """Say which missed goal has no cause, and which cause no missed goal."""
+    """Say which missed goal has no cause, which cause no missed goal, and which was not found."""
     given = causes(text)
     lost, unsure = missed(results), undecided(results)
     found = [f"{name}: missed, and the page gives no cause" for name in lost if not name.startswith(tuple(given))]
     names = [*lost, *unsure]
-    found += [
-        f"{cause}: the page gives a cause, but no goal of that name is missed or open"
-        for cause in given
-        if not any(name.startswith(cause) for name in names)
-    ]
+    for name, cause in given.items():
+        if not any(case.startswith(name) for case in names):
+            found.append(f"{name}: the page gives a cause, but no goal of that name is missed or open")
+        elif cause.lower().startswith(NO_CAUSE):
+            found.append(f"{name}: the page says that the cause was not found; find it")
     return found
 
 
@@ -413,7 +463,7 @@ def sweep_table(
         own = {row["peer"]: row for row in group}
         cells = [(cell or peer_cell)(own[name]) if name in own else "" for name in names]
         lines.append((key, format_seconds(our_seconds(group)), *cells))
-    return table((first, OURS, *names), lines)
+    return table((first, OURS, *map(shown, names)), lines)
 
 
 def peer_cell(row: Row) -> str:
@@ -431,10 +481,10 @@ def sweep_block(kind: str, first: str, label: Callable[[Row], str]) -> Callable[
         if not rows:
             return text + not_measured("sweeps")
         split = (lambda row: row["threads"]) if kind != "threads" else (lambda row: 0)
-        subject = (lambda row: part(row, 1)) if kind != "model" else (lambda row: "Adam")
+        subject = (lambda row: part(row, 1)) if kind != "model" else (lambda row: "AdamW")
         for (rule, _), group in grouped(rows, subject, split).items():
-            how = sorted({row.get("buffers") or "" for row in group} - {""})
-            said = "" if not how else f"; arrays {' or '.join(how)}"
+            how = sorted({buffers(row) for row in group} - {""})
+            said = "" if not how or kind in ("size", "tensors") else f"; arrays {' or '.join(how)}"
             text += f"{rule}, {threads_of(group)}{said}:\n\n{sweep_table(group, first, label)}\n"
         return text.rstrip("\n") + "\n"
 
@@ -442,13 +492,14 @@ def sweep_block(kind: str, first: str, label: Callable[[Row], str]) -> Callable[
 
 
 def size_label(row: Row) -> str:
-    """Write a number of elements, and what was done with the arrays where that differs from row to row."""
-    return count(row["elements"])
+    """Write a number of elements, and whether the arrays were warm."""
+    return ", ".join(filter(None, (count(row["elements"]), buffers(row))))
 
 
 def tensors_label(row: Row) -> str:
-    """Write how many tensors of how many elements."""
-    return f"{row['tensors']:,} x {row['elements'] // row['tensors']:,}"
+    """Write how many tensors of how many elements, and whether the arrays were warm."""
+    number = f"{row['tensors']:,} x {row['elements'] // row['tensors']:,}"
+    return ", ".join(filter(None, (number, buffers(row))))
 
 
 def threads_label(row: Row) -> str:
@@ -458,7 +509,10 @@ def threads_label(row: Row) -> str:
 
 def model_label(row: Row) -> str:
     """Write a model with its size."""
-    return f"{part(row, 1)}: {row['tensors']} tensors, {row['elements'] / 1e6:.1f} million"
+    return f"{model(row)}: {row['tensors']} tensors, {row['elements'] / 1e6:.1f} million"
+
+
+SLOW = 1.5
 
 
 def subnormal_block(results: Results) -> str:
@@ -468,22 +522,70 @@ def subnormal_block(results: Results) -> str:
     if not rows:
         return text + not_measured("sweeps")
 
-    def slowdown(row: Row) -> str:
-        value = extra(row, "peer_slowdown")
-        return "-" if value is None else f"{value:.2f}x{'~' if row['noisy'] else ''}"
+    def cell(slow: Mapping[str, float] | None) -> str:
+        return "-" if slow is None else f"{slow['value']:.2f}x{'~' if wide(slow) else ''}"
 
     for (rule, _), group in grouped(rows, lambda row: part(row, 1), lambda row: row["threads"]).items():
         names = sorted({row["peer"] for row in group if row["peer"] != OURS}, key=rank)
         lines = []
+        most = dict.fromkeys((OURS, *names), 0.0)
         for fraction, same in grouped(group, lambda row: extra(row, "fraction")).items():
-            by_peer = {row["peer"]: row for row in same}
-            slow = sorted(value for row in same if (value := extra(row, "ours_slowdown")) is not None)
-            ours = f"{slow[len(slow) // 2]:.2f}x" if slow else "-"
-            cells = [slowdown(by_peer[name]) if name in by_peer else "" for name in names]
-            lines.append(("-" if fraction is None else f"{100 * fraction:g} %", ours, *cells))
-        text += f"{rule}, {threads_of(group)}, time relative to no subnormal moment:\n\n"
-        text += table(("subnormal", OURS, *names), lines) + "\n"
+            by_name = {OURS: our_slowdown(same), **{row["peer"]: slowdown(row, "peer") for row in same}}
+            cells = [cell(by_name[name]) if name in by_name else "" for name in (OURS, *names)]
+            lines.append(("-" if fraction is None else f"{100 * fraction:g} %", *cells))
+            for name, slow in by_name.items():
+                most[name] = max(most[name], slow["value"] if slow else 0.0)
+        slowed = [f"{shown(name)} ({value:.1f}x)" for name, value in most.items() if value > SLOW]
+        text += (
+            f"{rule}, {threads_of(group)}: subnormal moments make steps more than {SLOW:g}x slower of "
+            f"{'; '.join(slowed)}.\n\n"
+            if slowed
+            else f"{rule}, {threads_of(group)}: on this processor subnormal moments make nobody's step more than "
+            f"{SLOW:g}x slower.\n\n"
+        )
+        text += "Time relative to no subnormal moment:\n\n"
+        text += table(("subnormal", OURS, *map(shown, names)), lines) + "\n"
     return text.rstrip("\n") + "\n"
+
+
+def whole_block(results: Results) -> str:
+    """List everybody who takes the whole step, or why not."""
+    rows = [row for row in results.rows("whole_step", "whole") if not is_share(row)]
+    if not rows:
+        return not_measured("whole_step")
+    lines = []
+    for row in sorted(rows, key=lambda row: rank(row["peer"])):
+        known = row["value"] is not None
+        lines.append(
+            (
+                shown(row["peer"]),
+                buffers(row),
+                format_seconds(row["ours_seconds"]),
+                format_seconds(row["peer_seconds"]),
+                figure(row)
+                + (
+                    ""
+                    if known or not row["note"]
+                    else f": {row['note'].removeprefix('not measured: ').removeprefix('no peer: ')}"
+                ),
+                interval(row) if known else "",
+            )
+        )
+    header = ("peer", "arrays", OURS, "peer", "peer / onepass", "95 %")
+    return f"AdamW, {count(rows[0]['elements'])} elements, {threads_of(rows)}:\n\n{table(header, lines)}"
+
+
+def optimizers_block(results: Results) -> str:
+    """Show every optimizer beside everybody who has it."""
+    rows = results.rows("optimizers", "peers")
+    if not rows:
+        return not_measured("optimizers")
+    how = sorted({buffers(row) for row in rows} - {""})
+    said = f"; arrays {' or '.join(how)}" if how else ""
+    return (
+        f"{part(rows[0], 2)} elements, {threads_of(rows)}{said}; `-`: "
+        "[not measured](#peers-that-were-not-measured):\n\n" + sweep_table(rows, "optimizer", lambda row: part(row, 1))
+    )
 
 
 def memory_groups(results: Results) -> dict[str, list[Row]]:
@@ -524,8 +626,8 @@ def roofline_block(results: Results) -> str:
     counts = sorted({row["threads"] for row in rows if row["kind"] == "bandwidth"})
     bandwidths = {threads: plots.levels(results, threads) for threads in counts}
     names = list(dict.fromkeys(level for found in bandwidths.values() for level in found))
-    sizes = {part(row, 1): row["bytes"] for row in rows if row["kind"] == "bandwidth"}
-    text += "A triad, GB/s:\n\n" + table(
+    sizes = {part(row, 1): row["extra"].get("working_set", row["bytes"]) for row in rows if row["kind"] == "bandwidth"}
+    text += "The triad `a[i] += s * b[i]`, GB/s:\n\n" + table(
         ("level", "working set", *map(threads_text, counts)),
         (
             (
@@ -699,6 +801,7 @@ def counts_block(results: Results) -> str:
 # --- How it was measured ----------------------------------------------------------------------------------------------
 
 MISSING = "not installed"
+SHORT = 12  # characters of a commit
 PACKAGES = {
     "torch": "torch",
     "numpy": "NumPy",
@@ -707,6 +810,35 @@ PACKAGES = {
     "deepspeed": "DeepSpeed",
     "cupy": "CuPy",
 }
+
+
+def commit_of(environment: Mapping[str, Any]) -> str:
+    """Return the commit that was measured."""
+    return str(environment.get("commit", environment.get("onepass_commit", "-")))
+
+
+ON_CPU = tuple(name for name in FILES if name != "gpu")
+PARTIAL = re.compile(r"--(filter|peers)\b")
+
+
+def complaints_about_records(results: Results) -> list[str]:
+    """Say which records of the CPU cannot stand beside the others."""
+    environments = {name: results.environment(name) for name in ON_CPU if name in results.contents}
+    found = []
+    for name, environment in environments.items():
+        if commit_of(environment) in ("-", "", "unknown") or commit_of(environment).endswith("-dirty"):
+            found.append(f"{name}: the records are of sources that no commit holds: {commit_of(environment)}")
+        if environment.get("quick"):
+            found.append(f"{name}: the records are of a quick run, whose figures mean nothing")
+        if PARTIAL.search(str(environment.get("command", ""))):
+            found.append(f"{name}: the records are of a part of the cases: {environment['command']}")
+    commits: dict[str, list[str]] = {}
+    for name, environment in environments.items():
+        commits.setdefault(commit_of(environment)[:SHORT], []).append(name)
+    if len(commits) > 1:
+        said = "; ".join(f"{commit}: {', '.join(names)}" for commit, names in commits.items())
+        found.append(f"the records are of several commits, and must be of one: {said}")
+    return found
 
 
 def environment_block(results: Results) -> str:
@@ -731,7 +863,7 @@ def environment_block(results: Results) -> str:
         lines.append(
             (
                 code(name),
-                str(environment.get("commit", environment.get("onepass_commit", "-")))[:12],
+                commit_of(environment)[:SHORT],
                 ", ".join(place),
                 ", ".join(versions),
                 str(environment.get("date", "-"))[:10],
@@ -763,11 +895,11 @@ def headlines(results: Results) -> list[str]:
             [of("optimizers", r"traffic/")],
         ),
         (
-            "Adam on 16M elements: its formula in NumPy takes {} as long, torch's fused kernel, which moves the same "
-            "bytes, {}. Rules that torch has not fused: {}.",
+            "Adam on 16M elements: its formula in NumPy, which uses one thread, takes {} as long, torch's fused "
+            "kernel, which moves the same bytes, {}. Rules that torch has not fused: {}.",
             [
                 of("optimizers", r"numpy/Adam/16M/formula"),
-                of("optimizers", r"fused/Adam/16M"),
+                of("optimizers", r"fused/Adam/16M$"),
                 of("optimizers", "unfused/"),
             ],
         ),
@@ -783,7 +915,7 @@ def headlines(results: Results) -> list[str]:
         (
             "Clipping, unscaling, AdamW, a weight average, a bfloat16 copy and clearing the gradients, in one pass: "
             "torch's six calls take {} as long.",
-            [of("whole_step", r"whole/AdamW/torch")],
+            [of("whole_step", r"whole/AdamW/torch$")],
         ),
         (
             "Batch normalization: torch takes {} as long forward (NCHW; NHWC: {}), and {} backward (NHWC: {}).",
@@ -816,7 +948,8 @@ def readme_block(results: Results) -> str:
     if judged:
         text += (
             f"Of {len(judged)} goals {len(judged) - lost - unsure} are met, {lost} are "
-            f"[missed]({PAGE.as_posix()}#where-a-goal-is-missed), and {unsure} are too noisy to decide. Cases in which "
+            f"[missed]({PAGE.as_posix()}#where-a-goal-is-missed), and {unsure} are open: the goal lies "
+            f"within the figure's interval. Cases in which "
             f"[a peer is faster]({PAGE.as_posix()}#where-a-peer-wins): {len(slower) or 'none'}.\n"
         )
     return text or "Nothing has been measured.\n"
@@ -861,6 +994,8 @@ PAGES: Mapping[Path, Sequence[Block]] = {
         Block("sizes", sweep_block("size", "elements", size_label)),
         Block("tensors", sweep_block("tensors", "tensors", tensors_label)),
         Block("models", sweep_block("model", "model", model_label)),
+        Block("whole step", whole_block),
+        Block("optimizers", optimizers_block),
         Block("threads", sweep_block("threads", "elements, threads", threads_label)),
         Block("subnormal", subnormal_block),
         Block("memory", memory_block),
@@ -893,6 +1028,7 @@ def complaints(root: Path, results: Results) -> list[str]:
             found.append(f"{file}: missing, or drawn from other records; run `make bench-report`")
         elif not drawn.has(results) and (root / file).exists():
             found.append(f"{file}: there are no records that it could show")
+    found += complaints_about_records(results)
     return found + complaints_about_causes((root / PAGE).read_text(encoding="utf-8"), results)
 
 

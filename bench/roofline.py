@@ -6,9 +6,9 @@ of it. Here are the statistics and the files. ``--quick`` takes small arrays for
 Rows
 ----
 bandwidth : ``bandwidth/L2/1``
-    The triad at a level of the memory, with so many threads: the middle one of the level's working sets, which the note
-    names. `bytes` are both the working set and what is counted, 12 for each element. A line that is fetched only to be
-    overwritten is not counted, so that rules, which have read what they write, may be faster than this.
+    The triad, ``a += s * b``, at a level of the memory, with so many threads: over the level's middle working set, as
+    the rules run; the note names it. `bytes` are 12 for each element, 8 read and 4 written: like a rule, the triad
+    writes what it has read, so nothing is moved that is not counted.
 triad : ``triad/64K/1``
     Each working set by itself.
 peak : ``peak/float32/avx512/1``, ``peak/divide/avx512/1``
@@ -16,7 +16,8 @@ peak : ``peak/float32/avx512/1``, ``peak/divide/avx512/1``
 rule : ``rule/adam/L2/1``
     A rule's kernel over float32 arrays that fill a level's middle working set. `bytes` are read and written in a step.
 
-``extra`` has ``bytes_per_second`` or ``flops_per_second``, and ``low`` and ``high``, the quartiles of that figure.
+``extra`` has ``bytes_per_second`` or ``flops_per_second``, and ``low`` and ``high``, the quartiles of that figure; of
+what is in memory, ``working_set``, too, in bytes.
 """
 
 from __future__ import annotations

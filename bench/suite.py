@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import platform
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +25,7 @@ import method
 import onepass
 from method import Contender, Plan, Row, Samples
 
-THREADS = 2
+THREADS = min(2, len(method.usable_cpus()))
 OURS = "onepass"
 EVERYBODY = re.compile("")
 QUICK = Plan(0.02, 3, 5, 0.0005, 0.001)
@@ -109,6 +111,18 @@ def times(row: Row, names: Iterable[str]) -> str:
     return ", ".join(f"{name} {method.format_seconds(row.all_seconds[name])}" for name in names)
 
 
+# For the C library: huge pages, as NumPy asks for, and nothing is given back to the system. Who makes temporary arrays
+# would otherwise spend more time in page faults than on its work (torch's RMSprop over 16M elements twice as much).
+TUNABLES = "GLIBC_TUNABLES"
+KEPT = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"
+
+
+def keep_memory() -> None:
+    """Begin again as a process that keeps the memory which it frees, where the C library can be told to."""
+    if platform.libc_ver()[0] == "glibc" and TUNABLES not in os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, TUNABLES: KEPT})
+
+
 def run_case(bench: Bench, case: Case) -> list[Row]:
     """Return the case's rows, or one that says which check failed."""
     try:
@@ -121,7 +135,11 @@ def run_case(bench: Bench, case: Case) -> list[Row]:
 def parse_arguments(description: str, arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", type=Path, default=method.ROOT / "bench" / "results", help="folder for the results")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for the results; bench/results, or build/bench-results if only a part is measured, or quickly",
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, few rounds: only shows that it runs")
     parser.add_argument("--filter", type=re.compile, default=EVERYBODY, help="only cases in which REGEX is found")
     parser.add_argument(
@@ -131,7 +149,11 @@ def parse_arguments(description: str, arguments: Sequence[str] | None) -> argpar
         help="where a case has a row for each peer, only these",
     )
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.out is None:
+        is_all = not (options.quick or options.filter.pattern or options.peers.pattern)
+        options.out = method.ROOT / ("bench/results" if is_all else "build/bench-results")
+    return options
 
 
 def main(
@@ -140,12 +162,16 @@ def main(
     all_cases: Sequence[Case],
     arguments: Sequence[str] | None,
     conclude: Callable[[Sequence[Row]], list[Row]] = lambda rows: [],
+    keeps_memory: bool = True,
 ) -> int:
     """Run the chosen cases; 1 if a check failed or nothing was chosen. A missed goal is a row, not an error.
 
-    `conclude` makes rows of what was measured: figures over several cases.
+    `conclude` makes rows of what was measured: figures over several cases. `keeps_memory`: freed memory is used again
+    by everybody, in the whole process.
     """
     options = parse_arguments((document or "").partition("\n")[0], arguments)
+    if keeps_memory and arguments is None and not options.list:
+        keep_memory()
     cases = [case for case in all_cases if options.filter.search(case.name)]
     if options.list:
         print(*(case.name for case in cases), sep="\n")
@@ -154,7 +180,7 @@ def main(
         print("--filter: no case is left", file=sys.stderr)
         return 1
     bench = Bench(QUICK if options.quick else Plan(), options.quick, options.peers)
-    environment = {**method.environment(bench.plan), "quick": options.quick}
+    environment = {**method.environment(bench.plan), "malloc": os.environ.get(TUNABLES, ""), "quick": options.quick}
     progress = Console(stderr=True)
     rows = [row for case in track(cases, name, console=progress) for row in run_case(bench, case)]
     rows += conclude(rows)

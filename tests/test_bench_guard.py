@@ -60,9 +60,10 @@ def test_a_change_of_more_than_three_percent_is_found() -> None:
     assert (result.same, result.failed) == (1, True)
     text = guard.report(result)
     assert re.search(r"scalar call/sum +100\.000 +103\.100 +\+3\.1%", text)
-    assert re.search(r"Fewer instructions; to keep it so: make bench-guard ARGS=--update", text)
+    assert "Fewer instructions than in the table (-3%); to keep it so: make bench-guard ARGS=--update" in text
     del counted["scalar"]["call/sum"]
-    assert not guard.compare({"scalar": {"sum/float32": 2.0}, "avx2": TABLE["avx2"]}, counted).failed
+    result = guard.compare({"scalar": {"sum/float32": 2.0}, "avx2": TABLE["avx2"]}, counted)
+    assert (result.failed, result.failed_strictly) == (False, True)
 
 
 @pytest.mark.parametrize(("before", "now", "word"), [(1, 2, "Not in the table"), (2, 1, "no longer there")])
@@ -148,6 +149,12 @@ def test_the_way_of_a_table(counted: dict[str, Any], capsys: pytest.CaptureFixtu
     capsys.readouterr()
     assert run(counted) == 1
     assert re.search(r"avx2 sum/float32 +0\.500 +0\.600 +\+20\.0%", capsys.readouterr().out)
+    counted["counts"]["avx2"]["sum/float32"] = 0.4
+    for strict in ([], ["--strict"]):
+        assert run(counted, *strict) == len(strict)
+        assert "to keep it so: make bench-guard ARGS=--update" in capsys.readouterr().out
+    counted["counts"]["avx2"]["sum/float32"] = 0.49
+    assert run(counted, "--strict") == 0
     del counted["counts"]["avx2"]  # of a machine that has none
     assert run(counted) == 0
     assert "not counted: avx2" in capsys.readouterr().out

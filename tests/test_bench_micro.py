@@ -150,8 +150,9 @@ def test_every_kernel_is_listed(micro: Path) -> None:
     assert len(set(names)) == len(names)
     cpus = len(os.sched_getaffinity(0))
     counts = {int(name.rpartition(":")[2]) for name in names}
-    assert counts == {1 << k for k in range(len(counts))}
-    assert max(counts) <= cpus  # fewer where a quota says so
+    most = max(counts)
+    assert most <= cpus  # fewer where a quota says so
+    assert counts == {most, *(1 << k for k in range(most.bit_length()))}
     places = [f"/{isa}{{}}/threads:{count}" for isa in onepass.available_isas() for count in sorted(counts)]
     assert set(names) == names_of(places)
 
@@ -167,8 +168,10 @@ def test_every_rule_runs_in_every_storage(micro: Path, tmp_path: Path) -> None:
     isas = onepass.available_isas()
     context = results["context"]
     assert context["onepass_commit"] == "0123abc"
-    assert context["onepass_isas"].split() == list(isas)
-    assert int(context["onepass_threads"]) >= 1
+    assert context["isa"].split() == list(isas)
+    assert context["command"] == " ".join(map(str, printed.args))
+    assert re.fullmatch(r"(g|clang)\+\+ \d+\.\d+.*", context["compiler"])
+    assert context["cpu"]
     assert int(context["onepass_benchmarks"]) == len(run(micro, "--benchmark_list_tests").stdout.splitlines())
 
     counted = {"update": 0, "norm": 0, "batchnorm": 0}
@@ -181,15 +184,26 @@ def test_every_rule_runs_in_every_storage(micro: Path, tmp_path: Path) -> None:
         for counter in (*counters, "real_time"):
             assert math.isfinite(row[counter]), row
             assert row[counter] > 0.0, row
+        assert row["threads_used"] == 1, row  # 1K is too little to be divided
         if kind == "update" and parts[1] == "float32-float32-float32":
             moved = 4 * (3 + 2 * SLOTS[parts[0]])
             assert row["bytes_per_second"] == pytest.approx(moved * row["parameters_per_second"], rel=1e-5)
-    threads = counted["update"] // (len(RULES) * len(STORAGES) * len(isas))
+    threads = len(context["threads"].split())
     assert counted == {
         "update": len(RULES) * len(STORAGES) * len(isas) * threads,
         "norm": len(_cpu.dtypes()) * len(isas),
         "batchnorm": 2 * len(_cpu.compute_dtypes()) * len(isas),
     }
+
+
+def test_what_is_divided_has_its_threads(micro: Path) -> None:
+    arguments = ("--benchmark_filter=/float32.*/scalar/1M/", "--benchmark_min_time=0.00001", "--benchmark_format=json")
+    rows = json.loads(run(micro, *arguments).stdout)["benchmarks"]
+    assert any(row["name"].startswith("norm/") for row in rows)
+    for row in rows:
+        threads = re.search(r"/threads:(\d+)", row["name"])
+        assert threads
+        assert row["threads_used"] == int(threads[1]), row["name"]
 
 
 def test_arguments_are_those_of_google_benchmark(micro: Path) -> None:
@@ -260,7 +274,14 @@ def test_roofline_has_every_level_and_rule(roofline: Path, tmp_path: Path) -> No
             assert extra["parameters_per_second"] == pytest.approx(row["elements"] / row["ours_seconds"])
             assert row["traffic_share"]["value"] > 0.0
         else:
-            assert row["bytes"] == 12 * row["elements"] == extra["working_set"]
+            assert (row["bytes"], extra["working_set"]) == (12 * row["elements"], 8 * row["elements"])
+        if row["kind"] == "bandwidth":
+            # At the place of the rules: a working set in whole cache lines of each array and thread.
+            assert row["note"] in rows
+            level, threads = name.split("/")[1:]
+            for rule in RULES:
+                here = rows[f"rule/{rule}/{level}/{threads}"]["extra"]["working_set"]
+                assert abs(here - extra["working_set"]) <= 64 * (2 + SLOTS[rule]) * row["threads"]
     assert rows["rule/traffic2/L1/1"]["traffic_share"]["value"] == 1.0
     assert "rule/adam/L1/1" in printed
     assert "| rule/adam/L1/1 |" in out.with_suffix(".md").read_text()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -252,28 +254,79 @@ def test_allocations_are_counted(allocations):
 # Launches
 
 
-def launches(opt: onepass.Optimizer, grads: Sequence[Any], **options: Any) -> int:
-    """Of a step in the steady state."""
+# The rest of what may wait, copy or fill, next to what cuda_arrays counts.
+QUIET = (
+    "cudaMemcpy",
+    "cudaMemcpyPeerAsync",
+    "cudaMemsetAsync",
+    "cudaStreamWaitEvent",
+    "cudaFree",
+    "cudaFreeHost",
+    "cudaGraphLaunch",
+    "cudaLaunchKernelExC",
+)
+
+
+@pytest.fixture(scope="module")
+def capacities(tmp_path_factory) -> dict[str, int]:
+    """Of the tables that are passed to launches: tensors, as csrc/cuda/tables.h has them."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    folder = tmp_path_factory.mktemp("capacities")
+    tables = {"plain": "PlainTable<float>", "whole": "WholeTable<float>", "measure": "MeasureTable", "sum": "SumTable"}
+    printed = "".join(f'  std::printf("{name} %zu\\n", {table}::capacity);\n' for name, table in tables.items())
+    source = folder / "capacities.cpp"
+    source.write_text(
+        f'#include <cstdio>\n#include "cuda/tables.h"\nusing namespace onepass::cuda;\nint main() {{\n{printed}}}\n'
+    )
+    builds.tool(compiler, "-std=c++20", f"-I{builds.ROOT / 'csrc'}", source, "-o", folder / "capacities")
+    words = builds.tool(folder / "capacities").split()
+    return dict(zip(words[::2], map(int, words[1::2]), strict=True))
+
+
+def calls(opt: onepass.Optimizer, grads: Sequence[Any], **options: Any) -> dict[str, int]:
+    """What a step in the steady state calls of the runtime: whatever launches, waits, copies, fills or allocates."""
     import cuda_arrays
 
+    runtime = cuda_arrays.host_runtime()
     for _ in range(2):
         opt.step(grads, **options)
-    with cuda_arrays.host_runtime().counted() as counts:
+    before = runtime.calls(*QUIET)
+    with runtime.counted() as counts:
         opt.step(grads, **options)
-    return counts["cudaLaunchKernel"]
+    counts |= {name: count - before[name] for name, count in runtime.calls(*QUIET).items()}
+    assert len(counts) > len(QUIET) + 4
+    return {name: count for name, count in counts.items() if count > 0}
+
+
+def launches(count: int) -> dict[str, int]:
+    return {"cudaLaunchKernel": count}
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
-def test_a_step_is_one_launch(cls):
+@pytest.mark.parametrize(
+    ("cls", "count"),
+    [*((cls, count) for cls in CLASSES for count in (1, TENSORS)), (onepass.Adam, 300), (onepass.Adam, 2000)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_a_step_is_one_launch_for_each_full_table(cls, count, capacities):
     import cuda_arrays
 
-    for count in (1, TENSORS):
-        params, grads = cuda_arrays.on_device(filled(count)), cuda_arrays.on_device(filled(count))
-        assert launches(cls(params), grads) == 1
-        # What else belongs to the step rides on the same pass.
-        mirror = cuda_arrays.on_device([np.empty(p.shape, BFLOAT16) for p in filled(count)])
-        whole = cls(params, ema_decay=0.5, mirror=mirror, weight_decay=0.1)
-        assert launches(whole, grads, clip_value=1.0, grad_scale=0.5, zero_grads=True) == 1
-        # A norm is a pass over the gradients, then a sum of each and one of all, before the step's own.
-        assert launches(cls(params), grads, max_grad_norm=1.0) == 4
+    def tables(kind: str) -> int:
+        return math.ceil(count / capacities[kind])
+
+    assert count > 300 or {tables(kind) for kind in capacities} == {1}
+    arrays = [np.full(3 + k % 5, 0.5, np.float32) for k in range(count)]
+    params, grads = cuda_arrays.on_device(arrays), cuda_arrays.on_device(arrays)
+    assert calls(cls(params), grads) == launches(tables("plain"))
+    # What else belongs to the step rides on the same pass.
+    mirror = cuda_arrays.on_device([np.empty(array.shape, BFLOAT16) for array in arrays])
+    whole = cls(params, ema_decay=0.5, mirror=mirror, weight_decay=0.1)
+    assert calls(whole, grads, clip_value=1.0, grad_scale=0.5, zero_grads=True) == launches(tables("whole"))
+    # A norm is a pass over the gradients, then a sum of each and one of all, before the step's own.
+    judged = tables("measure") + tables("sum") + 1 + tables("plain")
+    for options in ({"max_grad_norm": 1.0}, {"clip_norm": 1.0}):
+        assert calls(cls(params), grads, **options) == launches(judged), options
+    # Whether the step is one, and so its number, only the device knows: one launch more settles the coefficients.
+    assert calls(cls(params), grads, nonfinite="skip") == launches(judged + 1)

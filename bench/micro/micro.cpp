@@ -6,8 +6,8 @@
 //
 // These are the kernels' own speeds. Steps follow one another on the same arrays, and small arrays stay in the caches
 // on purpose: how fast a step is whose data have to be fetched is a matter of 16M, and of bench/peers. Calls go through
-// the library's C++ face, so that choosing the kernel and dividing the work are included. A step of few bytes runs on
-// the calling thread, whatever `threads` says, because that is what the library does.
+// the library's C++ face, so that choosing the kernel and dividing the work are included. A call of few bytes runs on
+// the calling thread, whatever `threads` says, because that is what the library does: `threads_used` is 1 then.
 //
 // Times are those of one call. Counters are made of medians over samples of at least kSampleSeconds:
 //
@@ -16,6 +16,7 @@
 //   share_of_traffic       the time of the yardstick with the same streams and next to no arithmetic
 //                          (rules/traffic.h) over that of the rule: 1 is as fast as the memory allows. Rule and
 //                          yardstick run in turns, within one benchmark, over the same arrays
+//   threads_used           among how many threads the library divides the call
 //
 // What was computed is looked at after each benchmark: results that are not finite, parameters that have not moved and
 // an instruction set other than the wanted one are errors, and the exit status is 1 then.
@@ -27,6 +28,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <functional>
 #include <map>
 #include <string>
@@ -96,9 +98,12 @@ std::string storage_name(const StorageInfo& row) {
   return std::string(info(row.param).name) + "-" + info(row.grad).name + "-" + info(row.state).name;
 }
 
+// Powers of two, and all that there are.
 std::vector<std::size_t> thread_counts() {
+  const std::size_t cpus = usable_cpus();
   std::vector<std::size_t> counts;
-  for (std::size_t count = 1; count <= usable_cpus(); count *= 2) counts.push_back(count);
+  for (std::size_t count = 1; count < cpus; count *= 2) counts.push_back(count);
+  counts.push_back(cpus);
   return counts;
 }
 
@@ -212,6 +217,11 @@ void count_rates(State& state, const char* elements_per_second, std::size_t elem
   set_counter(state, elements_per_second, static_cast<double>(elements) / seconds);
 }
 
+// `bytes`: what the library compares with its limit (divide() in cpu/update.cpp, Route in cpu/batchnorm.cpp).
+void count_threads(State& state, std::size_t threads, std::size_t bytes) {
+  set_counter(state, "threads_used", bytes < serial_bytes() ? 1.0 : static_cast<double>(threads));
+}
+
 // The instruction set that ran, if it is always the same one.
 class Ran {
  public:
@@ -278,6 +288,7 @@ void run_update(State& state, const UpdateCase& given) {
   }
   count_rates(state, "parameters_per_second", given.count, traffic(tensor), medians.run);
   set_counter(state, "share_of_traffic", medians.yardstick / medians.run);
+  count_threads(state, given.threads, traffic(tensor));
 }
 
 // --- Norms -----------------------------------------------------------------------------------------------------------
@@ -312,7 +323,9 @@ void run_norm(State& state, const NormCase& given) {
   if (!ran.right()) return fail(state, kOtherIsa);
   const bool sound = squares.finite && mean > 0.25 && mean < 2.25;
   if (!sound) return fail(state, "a wrong sum of squares");
-  count_rates(state, "parameters_per_second", given.count, given.count * info(given.dtype).itemsize, medians.run);
+  const std::size_t bytes = given.count * info(given.dtype).itemsize;
+  count_rates(state, "parameters_per_second", given.count, bytes, medians.run);
+  count_threads(state, given.threads, bytes);
 }
 
 // --- Batch normalization ---------------------------------------------------------------------------------------------
@@ -394,7 +407,9 @@ void run_batchnorm(State& state, const BatchCase& given) {
   if (!all_finite(given.dtype, static_cast<const std::byte*>(result), batch.count(), false)) {
     return fail(state, "an output is not finite");
   }
-  count_rates(state, "elements_per_second", batch.count(), streams * batch.count() * itemsize, medians.run);
+  const std::size_t bytes = streams * batch.count() * itemsize;
+  count_rates(state, "elements_per_second", batch.count(), bytes, medians.run);
+  count_threads(state, given.threads, bytes);
 }
 
 // --- Registration ----------------------------------------------------------------------------------------------------
@@ -466,18 +481,45 @@ void register_all() {
   for (const Batch& batch : kBatches) register_batchnorm(batch, ComputeTypes{});
 }
 
-void describe() {
-  std::string isas;
-  for (const Isa isa : available_isas()) {
-    if (!isas.empty()) isas += ' ';
-    isas += isa_name(isa);
+std::string cpu_model() {
+  std::ifstream cpus("/proc/cpuinfo");
+  for (std::string line; std::getline(cpus, line);) {
+    const std::size_t value = line.find(": ");
+    if (line.starts_with("model name") && value != std::string::npos) return line.substr(value + 2);
   }
+  return "unknown";
+}
+
+std::string compiler() {
+#if defined(__clang__)
+  return std::string("clang++ ") + __clang_version__;
+#elif defined(__GNUC__)
+  return std::string("g++ ") + __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
+std::string joined(const std::vector<std::string>& words) {
+  std::string line;
+  for (const std::string& word : words) line += (line.empty() ? "" : " ") + word;
+  return line;
+}
+
+void describe(const std::vector<std::string>& command) {
+  std::vector<std::string> isas;
+  for (const Isa isa : available_isas()) isas.emplace_back(isa_name(isa));
+  std::vector<std::string> counts;
+  for (const std::size_t count : thread_counts()) counts.push_back(std::to_string(count));
   const char* const commit = std::getenv("ONEPASS_COMMIT");
   benchmark::AddCustomContext("onepass_version", ONEPASS_VERSION);
   benchmark::AddCustomContext("onepass_commit", commit != nullptr && *commit != '\0' ? commit : ONEPASS_COMMIT);
-  benchmark::AddCustomContext("onepass_isas", isas);
-  benchmark::AddCustomContext("onepass_threads", std::to_string(usable_cpus()));
   benchmark::AddCustomContext("onepass_benchmarks", std::to_string(registered));
+  benchmark::AddCustomContext("cpu", cpu_model());
+  benchmark::AddCustomContext("compiler", compiler());
+  benchmark::AddCustomContext("command", joined(command));
+  benchmark::AddCustomContext("isa", joined(isas));
+  benchmark::AddCustomContext("threads", joined(counts));
 }
 
 }  // namespace
@@ -493,7 +535,7 @@ int main(int argc, char** argv) {
   benchmark::Initialize(&count_of_arguments, arguments.data());
   if (benchmark::ReportUnrecognizedArguments(count_of_arguments, arguments.data())) return 1;
   register_all();
-  describe();
+  describe({argv, argv + argc});
   benchmark::RunSpecifiedBenchmarks();
   benchmark::Shutdown();
   return failed ? 1 : 0;

@@ -4,12 +4,11 @@
 //
 //   roofline [--quick]        the instruction set in use is the library's choice, or ONEPASS_ISA
 //
-// * The triad, to[i] = from[i] + scale * times[i], is counted with 12 bytes for each element: two read, one written. A
-//   cache that fetches a line before it is overwritten moves 16 and is not credited for it, so that a rule, which has
-//   read every line that it writes, may stand above the triad.
+// * The triad, to[i] += scale * times[i], moves 12 bytes for each element: 8 are read, 4 written. Like a rule it writes
+//   what it has read, so no line is fetched only to be overwritten, and all that is moved is counted.
 // * A level's working sets are those well inside it: at most half of the level, at least twice the one below; memory
 //   begins at four times the last cache. Caches of one core hold a thread's share of a working set, the last level all
-//   of it.
+//   of it. The bandwidth of a level is the triad's at the middle one, over which every rule runs, too.
 // * Each thread has a span of its own and goes over it again and again, so that starting threads is no part of the
 //   figure. Rules are called as kernels, on the same terms; what dispatch and dividing the work cost is to be seen in
 //   micro.cpp.
@@ -206,13 +205,18 @@ void measure(std::vector<Task>& tasks, const Options& options) {
 
 // --- The triad and the rules -----------------------------------------------------------------------------------------
 
+// What the triad adds to: an array that no rule has. Sums of positive numbers in float32 stay finite: from 2^24 of them
+// on, what is added is lost in rounding.
+constexpr std::size_t kTriad = kFirstSlot + kMaxSlots;
+
 // One array for each stream, shared by all: parameters and states are 0 at first, gradients are positive.
 class Streams32 {
  public:
   explicit Streams32(std::size_t largest) {
-    for (std::size_t stream = 0; stream < kFirstSlot + kMaxSlots; ++stream) {
-      // A rule without slots has two arrays in a working set, others and the triad have three or more.
-      memory_.emplace_back(largest / (stream < kFirstSlot ? 2 : 3) + 64, stream);
+    for (std::size_t stream = 0; stream <= kTriad; ++stream) {
+      // The triad and a rule without slots have two arrays in a working set, other rules have three or more.
+      const bool slot = stream >= kFirstSlot && stream != kTriad;
+      memory_.emplace_back(largest / (slot ? 3 : 2) + 64, stream);
     }
     fill_with_numbers(DType::float32, memory_[kGrad].data(), memory_[kGrad].size() / sizeof(float), 1);
   }
@@ -235,21 +239,20 @@ std::string size_name(std::size_t bytes) {
 
 Task triad_task(const WorkingSet& set, std::size_t threads, const Streams32& streams,
                 const roofline::Kernels& kernels) {
-  const std::size_t span = span_of(set.bytes, 3, threads);
+  const std::size_t span = span_of(set.bytes, 2, threads);
   Task task;
   task.row.name = "triad/" + size_name(set.bytes) + "/" + std::to_string(threads);
   task.row.kind = "triad";
   task.row.threads = threads;
   task.row.elements = span * threads;
   task.row.bytes = 3 * sizeof(float) * task.row.elements;
-  task.row.working_set = task.row.bytes;
+  task.row.working_set = 2 * sizeof(float) * task.row.elements;
   task.row.level = set.level == nullptr ? "" : set.level->name;
-  float* const to = streams.floats(kFirstSlot);
-  const float* const from = streams.floats(kGrad);
-  const float* const times = streams.floats(kFirstSlot + 1);
+  float* const to = streams.floats(kTriad);
+  const float* const times = streams.floats(kGrad);
   task.work = [=, &kernels](std::size_t thread, std::size_t passes) {
     for (std::size_t k = 0; k < passes; ++k) {
-      kernels.triad(to + thread * span, from + thread * span, times + thread * span, 0.5F, span);
+      kernels.triad(to + thread * span, times + thread * span, 0.5F, span);
     }
   };
   return task;
@@ -299,20 +302,13 @@ Task rule_task(const Kernel& kernel, const WorkingSet& set, std::size_t threads,
   return task;
 }
 
-// The middle one by bandwidth: a measured working set stands for its level.
-const Row& median_by_bandwidth(std::vector<const Row*> rows) {
-  const auto median_of = [](std::vector<double> values) {
-    std::ranges::sort(values);
-    return values[values.size() / 2];
-  };
-  const auto seconds_per_byte = [&](const Row* row) {
-    return median_of(row->samples) / static_cast<double>(row->bytes);
-  };
-  std::ranges::sort(rows, [&](const Row* a, const Row* b) { return seconds_per_byte(a) < seconds_per_byte(b); });
-  return *rows[rows.size() / 2];
+void check_triad(const Streams32& streams, std::size_t elements) {
+  if (all_finite(DType::float32, streams.stream(kTriad), elements, true)) return;
+  std::fputs("the triad has left something out, or made it NaN or infinite\n", stderr);
+  failed = true;
 }
 
-void check(const Streams32& streams, const KernelTable& table, std::size_t elements) {
+void check_rules(const Streams32& streams, const KernelTable& table, std::size_t elements) {
   std::size_t slots = 0;
   for (std::size_t k = 0; k < table.count; ++k) slots = std::max(slots, table.kernels[k].slots.count);
   bool good = all_finite(DType::float32, streams.stream(kParam), elements, true);
@@ -334,24 +330,22 @@ std::vector<Row> run_level(const Level* level, const std::vector<WorkingSet>& al
   }
   if (sets.empty()) return {};
   const Streams32 streams(sets.back().bytes);
+  const std::size_t middle = sets.size() / 2;
   std::vector<Task> tasks;
   tasks.reserve(sets.size() + table.count);
   for (const WorkingSet& set : sets) tasks.push_back(triad_task(set, threads, streams, *kernels_of(table.isa)));
   if (level != nullptr) {
-    const WorkingSet& middle = sets[sets.size() / 2];
     for (std::size_t k = 0; k < table.count; ++k) {
-      tasks.push_back(rule_task(table.kernels[k], middle, threads, streams, table));
+      tasks.push_back(rule_task(table.kernels[k], sets[middle], threads, streams, table));
     }
   }
   measure(tasks, options);
-  if (level != nullptr) check(streams, table, tasks.back().row.elements);
+  check_triad(streams, tasks[sets.size() - 1].row.elements);
+  if (level != nullptr) check_rules(streams, table, tasks.back().row.elements);
 
   std::vector<Row> rows;
   if (level != nullptr) {
-    std::vector<const Row*> triads;
-    triads.reserve(sets.size());
-    for (std::size_t k = 0; k < sets.size(); ++k) triads.push_back(&tasks[k].row);
-    rows.push_back(median_by_bandwidth(triads));
+    rows.push_back(tasks[middle].row);
     rows.back().note = rows.back().name;
     rows.back().name = std::string("bandwidth/") + level->name + "/" + std::to_string(threads);
     rows.back().kind = "bandwidth";

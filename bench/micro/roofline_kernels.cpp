@@ -18,14 +18,15 @@ using V = Wide<float>;
 // not depend on each other would do. AVX2 has registers for 12 of them and two constants.
 constexpr std::size_t kChains = 12;
 
-void triad(float* to, const float* from, const float* times, float scale, std::size_t count) {
+void triad(float* to, const float* times, float scale, std::size_t count) {
   const auto bytes = [](const float* values, std::size_t i) { return reinterpret_cast<const std::byte*>(values + i); };
   std::size_t i = 0;
+#pragma GCC unroll 4
   for (; i + V::lanes <= count; i += V::lanes) {
-    const V sum = V::load<Float32>(bytes(from, i)) + V(scale) * V::load<Float32>(bytes(times, i));
+    const V sum = V::load<Float32>(bytes(to, i)) + V(scale) * V::load<Float32>(bytes(times, i));
     sum.store<Float32>(reinterpret_cast<std::byte*>(to + i));
   }
-  for (; i < count; ++i) to[i] = from[i] + scale * times[i];
+  for (; i < count; ++i) to[i] += scale * times[i];
 }
 
 template <class Step, std::size_t... k>

@@ -10,8 +10,8 @@ namespace onepass::roofline {
 struct Kernels {
   Isa isa;
   std::size_t elements;  // that one round of the two below works on, in registers
-  // to[i] = from[i] + scale * times[i]
-  void (*triad)(float* to, const float* from, const float* times, float scale, std::size_t count);
+  // to[i] += scale * times[i]
+  void (*triad)(float* to, const float* times, float scale, std::size_t count);
   // One multiplication and one addition of each element in each round. The sum is there to be looked at.
   float (*multiply_add)(std::size_t rounds);
   // One root and one division, and an addition that is done beside them.

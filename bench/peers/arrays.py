@@ -98,9 +98,17 @@ def make_data(shapes: Sequence[Shape], slots: int, storage: Storage = (np.float3
     return data
 
 
-def fill_gradients(data: Data) -> bool:
-    """Write what gradients shall be, and say whether they were something else."""
+def fill_gradients(data: Data, check: int | None = None) -> bool:
+    """Write what gradients shall be, and say whether they were something else.
+
+    `check`: those of the steps by which formulas are checked, from 0. An element has another gradient in each, of
+    another size, or every second moment were the square of the first; and another sign than its neighbour, but always
+    its own, so that no parameter comes near 0.
+    """
     block = gradient_block(max(grad.size for grad in data.grads))
+    if check is not None:
+        block = np.roll(block, 997 * check) * np.float32((1.0, 0.5, 2.0)[check])
+        block[1::2] *= -1.0
     changed = False
     for grad in data.grads:
         for piece in pieces_of(grad):
@@ -129,11 +137,16 @@ def require_same(data: Data, ours: Step, peers: Mapping[str, Step], tolerance: f
         require_close(f"{name} arrives at other parameters than ours", data.params, expected, tolerance)
 
 
+CHECKED_STEPS = range(3)
+
+
 def three_steps(data: Data, step: Step) -> None:
-    """Step from parameters 0."""
+    """Step from parameters 0, each time with other gradients; the usual ones are back afterwards."""
     data.clear()
-    for _ in range(3):
+    for check in CHECKED_STEPS:
+        fill_gradients(data, check)
         step()
+    fill_gradients(data)
 
 
 def require_moved(arrays: Sequence[Array]) -> None:

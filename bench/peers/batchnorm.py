@@ -352,16 +352,23 @@ def new_row(case: Case, batch: Batch, peer: str, goal: Goal | None, streams: int
 # --- Cases ------------------------------------------------------------------------------------------------------------
 
 
-def run_forward(layout: str, shape: Shape, goal: float, bench: Bench, case: Case) -> list[Row]:
-    """Compare forward passes with torch's."""
-    batch = make_batch(bench, shape, layout)
-    row = new_row(case, batch, TORCH, Goal(">=", goal), 2)
-    ours = our_forward(batch, out=batch.out)
+def run_forward(
+    layout: str, shape: Shape, goal: float | None, bench: Bench, case: Case, rotated: bool = False
+) -> list[Row]:
+    """Compare forward passes with torch's, on one batch or on several in turn."""
+    first = make_batch(bench, shape, layout)
+    sets = (method.sets_for(first.x.nbytes + first.out.nbytes) or 1) if rotated and not bench.quick else 1 + rotated
+    batches = [first, *(make_batch(bench, shape, layout) for _ in range(sets - 1))]
+    row = new_row(case, first, TORCH, None if goal is None else Goal(">=", goal), 2)
+    row.buffers = method.buffers(sets * (first.x.nbytes + first.out.nbytes))
+    ours = [our_forward(batch, out=batch.out) for batch in batches]
     torch, row.note = load_torch(case.threads)
-    peers = {} if torch is None else {TORCH: torch_forward(torch, batch)}
-    require_same(batch, ours, peers)
+    peers = {} if torch is None else {TORCH: [torch_forward(torch, batch) for batch in batches]}
+    for index, batch in enumerate(batches):
+        require_same(batch, ours[index], {name: steps[index] for name, steps in peers.items()})
     suite.compare(bench.plan, row, ours, peers)
-    batch.require_finite()
+    for batch in batches:
+        batch.require_finite()
     return [row]
 
 
@@ -545,6 +552,10 @@ def all_cases() -> list[Case]:
             cases.append(Case(_name("forward", layout, shape), "forward", run))
     matrix = (4096, 1024)
     cases.append(Case(_name("forward", "NC", matrix), "forward", functools.partial(run_forward, "NC", matrix, 1.5)))
+    in_turn: list[tuple[str, Shape]] = [*((layout, IN_CACHE) for layout in LAYOUTS), ("NC", matrix)]
+    for layout, each in in_turn:
+        rotated = functools.partial(run_forward, layout, each, None, rotated=True)
+        cases.append(Case(_name("forward", layout, each, "rotated"), "forward", rotated))
     for layout, goal in zip(LAYOUTS, (1.8, 3.0), strict=True):
         for shape in SHAPES:
             backward = functools.partial(run_backward, layout, shape, goal)
@@ -594,7 +605,8 @@ def means(rows: Sequence[Row]) -> list[Row]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the chosen cases."""
-    return suite.main("batchnorm", __doc__, all_cases(), arguments, means)
+    # Page faults are one of the things that are measured here.
+    return suite.main("batchnorm", __doc__, all_cases(), arguments, means, keeps_memory=False)
 
 
 if __name__ == "__main__":

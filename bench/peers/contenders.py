@@ -42,7 +42,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy_formulas
-from arrays import Array, Data, Shape, fill_gradients, make_data, require_close, require_moved
+from arrays import (
+    CHECKED_STEPS,
+    Array,
+    Data,
+    Shape,
+    fill_gradients,
+    make_data,
+    require_close,
+    require_moved,
+    three_steps,
+)
 from numpy_formulas import LR, WEIGHT_DECAY, Formula, NumpyAdamInPlace, NumpyFormula
 
 import method
@@ -272,6 +282,7 @@ def _compiled_peer(pair: Pair, data: Data, threads: int) -> Peer:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     peer = _torch_peer({"foreach": True}, pair, data, threads)
     torch: Any = importlib.import_module("torch")
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # or it would go on without being compiled
     step = torch.compile(peer.step, dynamic=False, isolate_recompiles=True)
     graphs = importlib.import_module("torch._dynamo.utils").counters["stats"]
     seen: list[int] = []
@@ -402,6 +413,16 @@ class Optax:
         self.optimizer, self.update = _optax_update(pair.name)
         self.grads = [_in_place(self.jax, grad) for grad in data.grads]
         self.restart()
+        before = self._addresses()
+        self.step()
+        if self._addresses() != before:
+            raise CheckError("Optax: what was donated was not used again")
+        self.restart()
+
+    def _addresses(self) -> set[int]:
+        """Where parameters and states are. (XLA gives an output to any input of its size.)"""
+        leaves = self.jax.tree.leaves(self.now)
+        return {leaf.unsafe_buffer_pointer() for leaf in leaves if leaf.ndim > 0}
 
     def restart(self) -> None:
         """Begin with parameters 0."""
@@ -531,12 +552,15 @@ def contest(
             tolerance = 0.0 if name == NUMPY_IN_PLACE and pair.name == "Adam" else TOLERANCE
             data.clear()
             peer.restart()
-            peer.step()
-            if fill_gradients(data):
+            overwritten = False
+            for check in CHECKED_STEPS:
+                fill_gradients(data, check)
+                peer.step()
+                overwritten = overwritten or fill_gradients(data, check)
+            fill_gradients(data)
+            if overwritten:
                 made.missing[name] = "not measured: it overwrites the gradients"
                 break
-            peer.step()
-            peer.step()
             require_close(f"{name} arrives at other parameters than ours", peer.params(), params, tolerance)
             peer.settled()
         else:
@@ -545,9 +569,7 @@ def contest(
 
 
 def _three_steps(data: Data, step: Step) -> list[Array]:
-    data.clear()
-    for _ in range(3):
-        step()
+    three_steps(data, step)
     return [param.copy() for param in data.params]
 
 

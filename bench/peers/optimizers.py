@@ -8,11 +8,11 @@ Fair play
 * Everybody works on the very same parameters and gradients, cache-line aligned and with every page touched. Against
   `traffic` alone, rule and yardstick share all arrays. Against torch, ours has the states that its optimizer made, as
   its users do, and `traffic` shares them; torch has states of its own, aligned as its allocator would align them.
-* All memory comes from NumPy, which asks for huge pages. torch's own allocator does not: torch may be faster here than
-  at home.
-* Steps of 1M elements run back to back, after one untimed step: their arrays stay in the last-level cache where it is
-  large enough, for everybody alike. The same step on several sets of arrays in turn, which do not, has a row of its own
-  (``rotated``). From 16M elements on one set does not fit.
+* All memory of the arrays comes from NumPy, which asks for huge pages, and the C library is told to do so, too, and to
+  keep what is freed: torch, which makes temporary arrays where it has no fused kernel, may be faster here than at home.
+* Steps of 1M elements run back to back, after as many untimed ones: their arrays stay in the last-level cache where it
+  is large enough, for everybody alike. The same step on several sets of arrays in turn, which do not, has a row of its
+  own (``rotated``). From 16M elements on one set does not fit.
 * Every optimizer also meets everybody who has it, one row each (``peers``): see `contenders.py`.
 * Gradients are positive and not zero, so that the moments (to which `traffic` adds gradients) stay positive and finite.
 * Before the timing each peer takes the same three steps as ours from parameters 0, and must arrive at the same

@@ -114,9 +114,11 @@ def run_size(pair: Pair, elements: int, sets: int, names: Sequence[str] | None, 
     return compare(bench, case, pair, [elements], names, sets)
 
 
-def run_tensors(tensors: int, bench: Bench, case: Case) -> list[Row]:
-    """Many small arrays."""
-    return compare(bench, case, ADAM, [TENSOR_ELEMENTS] * (min(tensors, 5) if bench.quick else tensors))
+def run_tensors(tensors: int, sets: int, bench: Bench, case: Case) -> list[Row]:
+    """Many small arrays, or several sets of them in turn."""
+    if bench.quick:
+        tensors, sets = min(tensors, 5), min(sets, 2)
+    return compare(bench, case, ADAM, [TENSOR_ELEMENTS] * tensors, None, sets)
 
 
 def run_threads(bench: Bench, case: Case) -> list[Row]:
@@ -200,8 +202,11 @@ def run_subnormal(fraction: float, bench: Bench, case: Case) -> list[Row]:
             ours, peer = f"{OURS} {fraction:g}", f"{name} {fraction:g}"
             row.take(samples, ours, peer)
             row.value = method.ratio(samples[peer], samples[ours])
-            row.extra["ours_slowdown"] = method.ratio(samples[ours], samples[f"{OURS} 0"]).value
-            row.extra["peer_slowdown"] = method.ratio(samples[peer], samples[f"{name} 0"]).value
+            for side, slow, normal in (("ours", ours, f"{OURS} 0"), ("peer", peer, f"{name} 0")):
+                slowdown = method.ratio(samples[slow], samples[normal])
+                row.extra[f"{side}_slowdown"] = slowdown.value
+                row.extra[f"{side}_slowdown_low"] = slowdown.low
+                row.extra[f"{side}_slowdown_high"] = slowdown.high
         rows.append(row)
     return rows
 
@@ -217,6 +222,7 @@ def run_memory(name: str, storage: str, bench: Bench, case: Case) -> list[Row]:
     row = Row(case.name, case.kind, case.threads, count, OURS, name)
     command = [sys.executable, str(Path(memory.__file__)), name, storage, str(count)]
     environment = {**os.environ, "ONEPASS_NUM_THREADS": str(case.threads)}
+    environment.pop(suite.TUNABLES, None)  # memory that is kept would count
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise CheckError(f"memory of {name}: {(done.stderr.strip() or '?').splitlines()[-1]}")
@@ -247,6 +253,20 @@ def size_cases(pair: Pair, sizes: Iterable[int], names: Sequence[str] | None, bo
     return cases
 
 
+def tensor_cases() -> list[Case]:
+    """Return cases for all numbers of tensors, as size_cases() does."""
+    cases = []
+    for count in TENSORS:
+        sets = method.sets_for(kept_bytes(count * TENSOR_ELEMENTS, len(ADAM.states)))
+        name = f"tensors/Adam/{count}x{TENSOR_ELEMENTS}"
+        if sets is not None:
+            cases.append(Case(name, "tensors", functools.partial(run_tensors, count, sets)))
+        if sets is None or sets > 1:
+            warm = name if sets is None else f"{name}/warm"
+            cases.append(Case(warm, "tensors", functools.partial(run_tensors, count, 1)))
+    return cases
+
+
 def thread_counts() -> list[int]:
     """Return 1 to as many threads as this process may use: all of the first eight, then powers of two."""
     most = len(method.usable_cpus())
@@ -258,10 +278,7 @@ def all_cases() -> list[Case]:
     cases = size_cases(ADAM, SIZES, None, both=True)
     for name in ("SGD", "RMSprop-centered"):
         cases += size_cases(PAIRS[name], SIZES[::2], TORCH, both=False)
-    cases += [
-        Case(f"tensors/Adam/{count}x{TENSOR_ELEMENTS}", "tensors", functools.partial(run_tensors, count))
-        for count in TENSORS
-    ]
+    cases += tensor_cases()
     cases += [
         Case(f"subnormal/Adam/{fraction:g}", "subnormal", functools.partial(run_subnormal, fraction))
         for fraction in FRACTIONS
