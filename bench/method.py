@@ -180,7 +180,7 @@ class Plan:
         Seconds slept before each sample; longer than other people's threads spin.
     """
 
-    seconds: float = 3.0
+    seconds: float = 2.0
     min_rounds: int = 11
     max_rounds: int = 101
     sample_seconds: float = 0.01

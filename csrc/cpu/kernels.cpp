@@ -17,6 +17,24 @@ static_assert(FLT_EVAL_METHOD == 0, "intermediate results must be of their opera
 namespace onepass {
 namespace {
 
+// How far ahead arrays are fetched, in bytes. Processors do that themselves, but not for all loops alike: where they
+// see as many streams, it depends on the addresses of the loads. (Adam with decay, 64 MB arrays: 10.6 ms and not 14.5,
+// one thread; 64M elements on two: 35 ms and not 38. In a cache it costs 2 to 5 %.) What lies behind an array's end is
+// not read, only looked for. With one lane it would keep the compiler from taking several.
+constexpr std::size_t kAhead = 1024;
+
+template <class D>
+HD void fetch(const std::byte* array, std::size_t i) {  // as a number: there may be no array, and it ends somewhere
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(array) + i * kItem<D> + kAhead));
+}
+
+template <class Rule, class St>
+HD void fetch(const Streams& streams, std::size_t i) {
+  fetch<typename St::Param>(streams.data[kParam], i);
+  fetch<typename St::Grad>(streams.data[kGrad], i);
+  for (std::size_t k = 0; k != Rule::slots.count; ++k) fetch<typename St::State>(streams.data[kFirstSlot + k], i);
+}
+
 template <class Rule, class St, bool whole>
 Isa update(const Part& part) {
   using S = typename St::Compute;
@@ -29,6 +47,7 @@ Isa update(const Part& part) {
   const auto update_with = [=](const Surroundings<S>& around) __attribute__((always_inline)) {
     for_each_vector<Wide<S>>(streams.data[kParam], kItem<typename St::Param>, part.count,
                              [=](std::size_t i, auto lanes) __attribute__((always_inline)) {
+                               if constexpr (Wide<S>::lanes > 1) fetch<Rule, St>(streams, i);
                                step<Rule, St, whole, Wide<S>>(i, streams, coefs, around, random, mirror, lanes);
                              });
   };
