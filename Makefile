@@ -175,7 +175,7 @@ emulate-%: venv
 	$(BIN)/python-$* -m onepass
 	test "$$($(BIN)/python-$* -c 'import onepass; print(*onepass.available_isas(), onepass.isa())')" = \
 	  "$(ISAS_$*) $(lastword $(ISAS_$*))"
-	$(BIN)/python-$* $(PYTEST) -m "not large" $(UNEMULATED) $(or $(ARGS),$(EMULATED_$*) $(EMULATED_TESTS))
+	$(BIN)/python-$* $(PYTEST) -m "not large" $(UNEMULATED) $(or $(ARGS),$(or $(EMULATED_$*),$(EMULATED_Nehalem)) $(EMULATED_TESTS))
 
 # The installed package with another _cuda: the kernels for CUDA devices, compiled for the host, where a grid is a loop
 # (tests/cuda_on_host). SANITIZE=address,undefined builds that with sanitizers.
