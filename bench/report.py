@@ -828,6 +828,8 @@ def complaints_about_records(results: Results) -> list[str]:
     for name, environment in environments.items():
         if commit_of(environment) in ("-", "", "unknown") or commit_of(environment).endswith("-dirty"):
             found.append(f"{name}: the records are of sources that no commit holds: {commit_of(environment)}")
+        if environment.get("complete") is False:
+            found.append(f"{name}: the run was stopped before its end")
         if environment.get("quick"):
             found.append(f"{name}: the records are of a quick run, whose figures mean nothing")
         if PARTIAL.search(str(environment.get("command", ""))):

@@ -181,11 +181,17 @@ def main(
         return 1
     bench = Bench(QUICK if options.quick else Plan(), options.quick, options.peers)
     environment = {**method.environment(bench.plan), "malloc": os.environ.get(TUNABLES, ""), "quick": options.quick}
-    progress = Console(stderr=True)
-    rows = [row for case in track(cases, name, console=progress) for row in run_case(bench, case)]
-    rows += conclude(rows)
-    for row in rows:
+    rows: list[Row] = []
+    for case in track(cases, name, console=Console(stderr=True)):
+        rows += run_case(bench, case)
+        for row in rows:
+            row.goal = None if bench.quick else row.goal
+        method.write_results(rows, {**environment, "complete": False}, options.out, name)  # if it should be stopped
+    concluded = conclude(rows)
+    for row in concluded:
         row.goal = None if bench.quick else row.goal
+    rows += concluded
+    environment["complete"] = True
     method.print_table(rows, f"{name} at {environment['commit'][:12]}, {environment['cpu']}, {environment['isa']}")
     method.write_results(rows, environment, options.out, name)
     return int(any(row.failed for row in rows))

@@ -529,6 +529,7 @@ def test_check_fails_for_a_missed_goal_without_cause(tmp_path: Path, capsys: pyt
         ({"commit": f"{ENVIRONMENT['commit']}-dirty"}, "optimizers: the records are of sources that no commit holds"),
         ({"commit": "unknown"}, "optimizers: the records are of sources that no commit holds"),
         ({"quick": True}, "optimizers: the records are of a quick run"),
+        ({"complete": False}, "optimizers: the run was stopped before its end"),
         ({"command": "python x.py --filter=Adam"}, "optimizers: the records are of a part of the cases: python x.py"),
         ({"command": "python x.py --peers torch"}, "optimizers: the records are of a part of the cases"),
     ],

@@ -108,10 +108,18 @@ def compare(
 
 
 def run_size(pair: Pair, elements: int, sets: int, names: Sequence[str] | None, bench: Bench, case: Case) -> list[Row]:
-    """One array, or several sets of one in turn."""
+    """One array, or several sets of one in turn; the largest in a process of its own, which gives its memory back."""
     if bench.quick:
         elements, sets = min(elements, 4096), min(sets, 2)
-    return compare(bench, case, pair, [elements], names, sets)
+    if elements <= LARGE:
+        return compare(bench, case, pair, [elements], names, sets)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(_size_alone, pair.name, elements, names, bench, case).result()
+
+
+def _size_alone(pair: str, elements: int, names: Sequence[str] | None, bench: Bench, case: Case) -> list[Row]:
+    with suite.thread_count(case.threads):
+        return compare(bench, case, PAIRS[pair], [elements], names)
 
 
 def run_tensors(tensors: int, sets: int, bench: Bench, case: Case) -> list[Row]:
