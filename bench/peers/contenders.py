@@ -318,11 +318,11 @@ def _load_deepspeed(op: str, threads: int) -> Any:
     if scripts not in os.environ["PATH"].split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join((scripts, os.environ["PATH"]))
     with _reasons("DeepSpeed"):
+        builders = importlib.import_module("deepspeed.ops.op_builder")
         # Each optimizer asks anew what the processor is, which takes seconds.
         cpuinfo: Any = importlib.import_module("cpuinfo")
         if not hasattr(cpuinfo.get_cpu_info, "cache_info"):
             cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
-        builders = importlib.import_module("deepspeed.ops.op_builder")
         builder = {"adam": "CPUAdamBuilder", "adagrad": "CPUAdagradBuilder", "lion": "CPULionBuilder"}[op]
         getattr(builders, builder)().load(verbose=False)
         module = importlib.import_module(f"deepspeed.ops.{op}")
