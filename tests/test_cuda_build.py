@@ -24,7 +24,7 @@ import pytest
 from builds import ROOT, cmake_build, folder_of_package, tool
 from onepass import _cpu
 
-REGISTRY = _cpu.registry()
+REGISTRY = [row for row in _cpu.registry() if not row["yardstick"]]
 UPDATE_PARTS = 4
 ITEMSIZE = {"Float32": 4, "Float64": 8, "BFloat16": 2, "Float16": 2}
 
