@@ -224,6 +224,7 @@ def _nothing() -> None:
 FUSED: Mapping[str, Mapping[str, bool]] = {"torch fused": {"fused": True}}
 UNFUSED: Mapping[str, Mapping[str, bool]] = {"torch for-loop": {"foreach": False}, "torch foreach": {"foreach": True}}
 COMPILED = "torch compiled"
+FLUSHING = "torch fused, flush_denormal"
 
 
 def as_tensor(torch: Any, array: Array) -> Any:
@@ -273,6 +274,21 @@ def _torch_peer(implementation: Mapping[str, bool], pair: Pair, data: Data, thre
                 state[name].fill_(value)
 
     return Peer(optimizer.step, restart, lambda: data.params, functools.partial(_state_bytes, optimizer))
+
+
+def _flushing_peer(pair: Pair, data: Data, threads: int) -> Peer:
+    """Take torch's fused step with its subnormal numbers flushed, which a program has to ask for."""
+    peer = _torch_peer(FUSED["torch fused"], pair, data, threads)
+    torch: Any = importlib.import_module("torch")
+
+    def step() -> None:
+        torch.set_flush_denormal(True)
+        peer.step()
+        torch.set_flush_denormal(False)
+
+    if not torch.set_flush_denormal(False):
+        raise MissingError("no peer: torch cannot flush subnormal numbers on this processor")
+    return replace(peer, step=step)
 
 
 def _compiled_peer(pair: Pair, data: Data, threads: int) -> Peer:
@@ -479,6 +495,7 @@ Maker: TypeAlias = Callable[[Pair, Data, int], Peer]
 DEEPSPEED, OPTAX, NUMPY, NUMPY_IN_PLACE = "DeepSpeed", "Optax", "NumPy", "NumPy in place"
 MAKERS: Mapping[str, Maker] = {
     **{name: functools.partial(_torch_peer, how) for name, how in {**FUSED, **UNFUSED}.items()},
+    FLUSHING: _flushing_peer,
     COMPILED: _compiled_peer,
     DEEPSPEED: _deepspeed_peer,
     OPTAX: _optax_peer,
@@ -493,6 +510,7 @@ def names_for(pair: Pair) -> list[str]:
     """Return the names of all peers that have this optimizer."""
     lacks = {
         "torch fused": not pair.fused,
+        FLUSHING: True,  # where somebody asks for it: elsewhere it is torch fused
         DEEPSPEED: pair.deepspeed is None,
         OPTAX: pair.optax is None,
         NUMPY: pair.numpy is None,

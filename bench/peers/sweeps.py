@@ -47,6 +47,7 @@ from contenders import (
     ADAMW,
     COMPILED,
     DEEPSPEED,
+    FLUSHING,
     MAKERS,
     NUMPY_IN_PLACE,
     OPTAX,
@@ -74,7 +75,7 @@ MEMORY_ELEMENTS = 1 << 26
 
 TORCH = ("torch fused", "torch for-loop", "torch foreach", COMPILED)
 MODEL_PEERS = ("torch fused", "torch foreach", COMPILED, DEEPSPEED, OPTAX)
-SUBNORMAL_PEERS = ("torch fused", NUMPY_IN_PLACE)
+SUBNORMAL_PEERS = ("torch fused", FLUSHING, NUMPY_IN_PLACE)
 SUBNORMAL = np.float32(1e-40)
 
 
