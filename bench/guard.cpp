@@ -126,25 +126,32 @@ struct Wishes {
   const char* name;
   bool everything = false;  // that no other member names
   bool split = false;
-  bool random = false;
+  bool noise = false;
+  bool rounding = false;
 };
 
 constexpr Wishes kPlain = {.name = ""};
+constexpr Wishes kRounding = {.name = "/whole-rounding", .rounding = true};
 constexpr Wishes kWhole = {.name = "/whole", .everything = true};
 constexpr Wishes kSplit = {.name = "/whole-split", .everything = true, .split = true};
-constexpr Wishes kRandom = {.name = "/whole-random", .everything = true, .random = true};
+constexpr Wishes kRandom = {.name = "/whole-random", .everything = true, .noise = true, .rounding = true};
 
 // The arrays of a part and what is done to them. All terms are there in the forms that have everything.
 class Step {
  public:
   Step(const Kernel& kernel, std::size_t storage, const Wishes& wishes)
-      : kernel_(kernel), storage_(storage), whole_(wishes.everything), coefficients_(kernel.coefficients.count, 0.5) {
+      : kernel_(kernel),
+        storage_(storage),
+        whole_(wishes.everything || wishes.rounding),
+        coefficients_(kernel.coefficients.count, 0.5) {
     const StorageInfo row = kStorages[storage];
     const DType compute = info(row.param).compute;
     add(kParam, row.param);
     add(kGrad, row.grad);
     for (std::size_t k = 0; k < kernel.slots.count; ++k) add(kFirstSlot + k, row.state);
-    if (!whole_) return;
+    static constexpr RandomKey key{12345, 6, 7, Purpose::rounding};
+    if (wishes.rounding) part_.random.rounding = &key;
+    if (!wishes.everything) return;
     around_.scaling = {.scale = 0.5, .accumulate = 3.0};
     around_.l1 = 0.125;
     around_.l2 = 0.25;
@@ -156,14 +163,11 @@ class Step {
     add(kMirror, DType::bfloat16);
     add(kAccumulator, compute);
     if (wishes.split) add(kRemainder, DType::uint16);
-    if (!wishes.random) return;
+    if (!wishes.noise) return;
     around_.noise = 0.5;
     noise_ = Array(kMore * sizeof(float));
     refill(noise_.data(), DType::float32);
-    rounding_ = Array((kMore + 16) * sizeof(std::uint32_t));  // the last vector is read whole
-    for (std::size_t k = 0; k < kMore; ++k)
-      rounding_.as<std::uint32_t>()[k] = static_cast<std::uint32_t>(k * 40503U) & 0xFFFFU;
-    part_.random = {noise_.as<float>(), rounding_.as<std::uint32_t>()};
+    part_.random.noise = noise_.as<float>();
   }
 
   void count_it(const std::string& name) {
@@ -197,7 +201,6 @@ class Step {
   Around around_;
   std::vector<std::pair<DType, Array>> arrays_;
   Array noise_{0};
-  Array rounding_{0};
   Part part_{};
 };
 
@@ -218,10 +221,12 @@ void count_updates(const KernelTable& table) {
       const StorageInfo row = kStorages[storage];
       const bool is_adam = std::string_view(kernel.rule) == "adam";
       const bool is_float32 = row.param == DType::float32 && row.grad == DType::float32 && row.state == DType::float32;
+      const auto is_narrow = [](DType dtype) { return info(dtype).itemsize < info(info(dtype).compute).itemsize; };
       // What surrounds the rules is the same code for all of them.
       if (is_float32 || is_adam) add(kWhole);
       if (is_adam && row.param == DType::bfloat16) add(kSplit);
       if (is_adam) add(kRandom);
+      if (is_adam && (is_narrow(row.param) || is_narrow(row.state))) add(kRounding);
     }
   }
 }
@@ -281,14 +286,10 @@ void count_step_kernels(TypeList<Ds...> /*dtypes*/, const StepKernels& kernels) 
     refill(high.data(), DType::bfloat16);
     refill(low.data(), DType::uint16);
   };
-  const RandomKey key{12345, 6, 7, Purpose::rounding};
+  const RandomKey key{12345, 6, 7, Purpose::noise};
   count_elements("join", kFew, kMore, 1, prepare, [&](std::size_t n) {
     const FloatMode mode;
     kernels.join(high.data(), low.data(), n, numbers.as<float>());
-  });
-  count_elements("rounding_bits", kFew, kMore, 1, prepare, [&](std::size_t n) {
-    const FloatMode mode;
-    kernels.rounding_bits(key, 0, n, numbers.as<std::uint32_t>());
   });
   count_elements("normals", kFew, kMore, 1, prepare, [&](std::size_t n) {
     const FloatMode mode;

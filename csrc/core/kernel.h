@@ -61,8 +61,9 @@ struct Around {
 
 // Random numbers for the elements of a part.
 struct Randomness {
-  const float* noise;             // of a normal distribution; null: none
-  const std::uint32_t* rounding;  // 16 bits each; null: to nearest
+  const float* noise;         // of a normal distribution; null: none
+  const RandomKey* rounding;  // of 16 bits for each element; null: to nearest
+  std::uint64_t first;        // the place of the part's first element among those of the key
 };
 
 // Consecutive elements of a tensor, and what is done to them. `coefficients` are the rule's, in float64, rounded once
@@ -115,8 +116,7 @@ struct StepKernels {
   DTypeKernels dtypes[DTypes::size];
   // The float32 numbers of split ones.
   void (*join)(const std::byte* high, const std::byte* low, std::size_t count, float* values);
-  // For the elements from `begin` on; begin and count are multiples of kRandomGroup.
-  void (*rounding_bits)(const RandomKey& key, std::size_t begin, std::size_t count, std::uint32_t* bits);
+  // Noise for the elements from `begin` on; begin and count are multiples of kRandomGroup.
   void (*normals)(const RandomKey& key, std::size_t begin, std::size_t count, float* values);
 };
 

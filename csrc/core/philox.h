@@ -53,6 +53,7 @@ struct PhiloxOutput {
 // The keys of all rounds.
 struct PhiloxKeys {
   std::uint64_t key[10][2];
+  PhiloxKeys() = default;
   HD explicit PhiloxKeys(std::uint64_t seed) {
     auto k0 = static_cast<std::uint32_t>(seed);
     auto k1 = static_cast<std::uint32_t>(seed >> 32U);

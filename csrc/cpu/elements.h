@@ -40,27 +40,17 @@ struct FirstLanes {
   }
 };
 
-// Random numbers that were made before, for each element.
-struct MadeBefore {
-  Randomness given;
-
-  HD bool rounds() const { return given.rounding != nullptr; }
-  HD bool has_noise() const { return given.noise != nullptr; }
-  template <class V>
-  HD typename V::Integers bits(std::size_t i) const {
-    return V::Integers::load(given.rounding + i);
-  }
-  template <class V, class Lanes>
-  HD V noise(std::size_t i, Lanes lanes) const {
-    return lanes.template load<Float32, V>(reinterpret_cast<const std::byte*>(given.noise + i));
-  }
-};
-
 template <class S>
 HD Surroundings<S> surroundings_of(const Part& part) {
   Surroundings<S> around(*part.around);
   around.set_scale(part.around->scaling, part.clip, part.streams.data[kAccumulator] != nullptr);
   return around;
+}
+
+// Whole vectors begin before it.
+template <class V>
+HD std::size_t end_of_whole(std::size_t count) {
+  return count < V::lanes ? 0 : count - V::lanes + 1;
 }
 
 // Calls visit(first element, lanes) for a few elements up to where the parameter is aligned, then for whole vectors,
@@ -69,7 +59,8 @@ template <class V, class Visit>
 HD void for_each_vector(const void* param, std::size_t itemsize, std::size_t count, Visit visit) {
   std::size_t i = head_of(param, count, itemsize, V::lanes * itemsize);
   if (i > 0) visit(std::size_t{0}, FirstLanes{i});
-  for (; i + V::lanes <= count; i += V::lanes) visit(i, AllLanes{});
+  const std::size_t end = end_of_whole<V>(count);
+  for (; i < end; i += V::lanes) visit(i, AllLanes{});
   if (i < count) visit(i, FirstLanes{count - i});
 }
 

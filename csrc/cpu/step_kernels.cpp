@@ -7,6 +7,7 @@
 #include "core/normal.h"
 #include "core/philox.h"
 #include "cpu/elements.h"
+#include "cpu/random.h"
 
 namespace onepass {
 namespace {
@@ -94,10 +95,11 @@ Isa finish(const Part& part, const std::byte* factors) {
   using C = ComputeType<D>;
   using V = Wide<typename C::Storage>;
   const Streams streams = part.streams;
-  const MadeBefore random{part.random};
+  RandomNumbers numbers(part);
+  const Made random = numbers.made();
   const DType mirror = part.mirror;
   const auto around = surroundings_of<typename C::Storage>(part);
-  for_each_vector<V>(streams.data[kParam], kItem<D>, part.count,
+  for_each_vector<V>(streams.data[kParam], kItem<D>, part.count, numbers,
                      [=](std::size_t i, auto lanes) __attribute__((always_inline)) {
                        V p = lanes.template load<C, V>(factors + i * kItem<C>) * load_param<D, V>(streams, i, lanes);
                        p = store_param<D>(p, streams, random, i, kScaledRole, lanes);
@@ -123,65 +125,25 @@ void show(const Part& part) {
 
 // --- Random numbers --------------------------------------------------------------------------------------------------
 
-// 16 counters side by side fill a group. Lane l of vector k of their words belongs to counter 16 * group + l.
-constexpr std::size_t kCounters = 16;
-
-using Floats = Wide<float>;
-using Integers = Floats::Integers;
-static_assert(WideWords::lanes * WideWords::parts == Floats::lanes);
-
-// Calls visit(first lane, the four words of Floats::lanes counters) until the group is complete.
-template <class Visit>
-HD void for_each_counter(const RandomKey& key, const PhiloxKeys& keys, std::uint64_t group, Visit visit) {
-  const CounterTail tail = counter_tail(key, group * kCounters);
-  for (std::size_t lane = 0; lane < kCounters; lane += Floats::lanes) {
-    constexpr std::size_t parts = WideWords::parts;
-    WideWords words[4][parts] = {};
-    for (std::size_t k = 0; k < parts; ++k) {
-      const std::uint64_t block = (group * kCounters + lane + k) & 0xFFFFFFFFU;
-      const auto output = philox(WideWords::counting(block), WideWords(std::uint64_t{tail.c1}),
-                                 WideWords(std::uint64_t{tail.c2}), WideWords(std::uint64_t{tail.c3}), keys);
-      for (std::size_t w = 0; w < 4; ++w) words[w][k] = output.word[w];
-    }
-    visit(lane, WideWords::merge(words[0]), WideWords::merge(words[1]), WideWords::merge(words[2]),
-          WideWords::merge(words[3]));
-  }
-}
-
-void rounding_bits(const RandomKey& key, std::size_t begin, std::size_t count, std::uint32_t* bits) {
-  const PhiloxKeys keys(key.seed);
-  for (std::size_t i = 0; i < count; i += kRandomGroup) {
-    std::uint32_t* const group = bits + i;
-    for_each_counter(key, keys, (begin + i) / kRandomGroup,
-                     [=](std::size_t lane, Integers a, Integers b, Integers c, Integers d)
-                         __attribute__((always_inline)) {
-                           const Integers words[] = {a, b, c, d};
-                           for (std::size_t w = 0; w < 4; ++w) {
-                             (words[w] & Integers(0xFFFFU)).store(group + 2 * w * kCounters + lane);
-                             (words[w] >> 16).store(group + (2 * w + 1) * kCounters + lane);
-                           }
-                         });
-  }
-}
-
 void normals(const RandomKey& key, std::size_t begin, std::size_t count, float* values) {
   const PhiloxKeys keys(key.seed);
-  constexpr std::size_t per_group = 4 * kCounters;
-  for (std::size_t i = 0; i < count; i += per_group) {
-    float* const group = values + i;
-    for_each_counter(
-        key, keys, (begin + i) / per_group,
-        [=](std::size_t lane, Integers a, Integers b, Integers c, Integers d) __attribute__((always_inline)) {
-          const auto put = [&](Floats value, std::size_t which) __attribute__((always_inline)) {
-            value.template store<Float32>(reinterpret_cast<std::byte*>(group + which * kCounters + lane));
-          };
-          const auto one = normal_pair<Floats>(a, b);
-          const auto two = normal_pair<Floats>(c, d);
-          put(one.first, 0);
-          put(one.second, 1);
-          put(two.first, 2);
-          put(two.second, 3);
-        });
+  constexpr std::size_t of_group = 4 * kCounters;
+  constexpr std::size_t groups = kRandomGroup / of_group;
+  for (std::size_t i = 0; i < count; i += kRandomGroup) {
+    for_each_counter<groups>(key, keys, (begin + i) / of_group,
+                             [=](std::size_t group, std::size_t lane, Integers a, Integers b, Integers c,
+                                 Integers d) __attribute__((always_inline)) {
+                               float* const to = values + i + group * of_group + lane;
+                               const auto put = [&](Floats value, std::size_t which) __attribute__((always_inline)) {
+                                 value.template store<Float32>(reinterpret_cast<std::byte*>(to + which * kCounters));
+                               };
+                               const auto one = normal_pair<Floats>(a, b);
+                               const auto two = normal_pair<Floats>(c, d);
+                               put(one.first, 0);
+                               put(one.second, 1);
+                               put(two.first, 2);
+                               put(two.second, 3);
+                             });
   }
 }
 
@@ -189,7 +151,7 @@ void normals(const RandomKey& key, std::size_t begin, std::size_t count, float* 
 
 template <class... Ds>
 constexpr StepKernels table_of(TypeList<Ds...> /*dtypes*/) noexcept {
-  return {{{squares<Ds>, add_squares<Ds>, accumulate<Ds>, finish<Ds>, show<Ds>}...}, join, rounding_bits, normals};
+  return {{{squares<Ds>, add_squares<Ds>, accumulate<Ds>, finish<Ds>, show<Ds>}...}, join, normals};
 }
 
 }  // namespace

@@ -16,7 +16,7 @@
 namespace onepass {
 namespace {
 
-// Elements for which random numbers are made, and strided streams are gathered, at a time: they stay in the
+// Elements for which noise is made, and strided streams are gathered, at a time: they stay in the
 // first-level cache.
 constexpr std::size_t kBlock = 512;
 static_assert(kBlock % kRandomGroup == 0);
@@ -28,27 +28,30 @@ constexpr std::size_t kLineOfItems = kCacheLine;  // an Extent's itemsize, where
 
 const DTypeKernels& kernels_for(DType dtype) { return active_kernels().step->dtypes[static_cast<std::size_t>(dtype)]; }
 
-Part part_of(const Tensor& tensor, const Streams& streams, std::size_t first, std::size_t count) {
+Part part_of(const Tensor& tensor, const Streams& streams, std::size_t first, std::size_t count,
+             const Randomness& random) {
   return {from_element(tensor, streams, first),
           count,
           tensor.coefficients,
           tensor.around,
           tensor.clip,
           tensor.dtypes[kMirror],
-          {}};
+          random};
 }
 
 // Calls run(part) for elements [first, first + count) of the tensor, of which `streams` are used. Where streams have to
-// be gathered or random numbers made, that is done in blocks, which lie in the first-level cache.
+// be gathered or noise made, that is done in blocks, which lie in the first-level cache.
 template <class Run>
 void for_each_block(const Tensor& tensor, const Streams& streams, std::size_t first, std::size_t count, Run run) {
-  const bool random = is_random(tensor);
-  if (tensor.walk == nullptr && !random) {
-    run(part_of(tensor, streams, first, count));
+  RandomKey rounding = tensor.key;
+  rounding.purpose = Purpose::rounding;
+  const Randomness random{nullptr, has_rounding(tensor) ? &rounding : nullptr, first};
+  const bool noise = has_noise(tensor) && (streams.data[kGrad] != nullptr || streams.data[kAccumulator] != nullptr);
+  if (tensor.walk == nullptr && !noise) {
+    run(part_of(tensor, streams, first, count, random));
     return;
   }
   alignas(kCacheLine) std::byte gathered[kStreams][kBlock * sizeof(double)];
-  alignas(kCacheLine) std::uint32_t bits[kBlock + 16];  // the last vector is read whole
   alignas(kCacheLine) float normals[kBlock];
   const StepKernels& kernels = *active_kernels().step;
   const auto is_gathered = [&](std::size_t stream) {
@@ -56,7 +59,8 @@ void for_each_block(const Tensor& tensor, const Streams& streams, std::size_t fi
   };
   for (std::size_t begin = first; begin < first + count;) {
     const std::size_t n = std::min(kBlock - begin % kBlock, first + count - begin);
-    Part part = part_of(tensor, streams, begin, n);
+    Part part = part_of(tensor, streams, begin, n, random);
+    part.random.first = begin;
     for (std::size_t stream = kGrad; stream < kStreams; ++stream) {
       if (!is_gathered(stream)) continue;
       if (reads(tensor, stream)) {
@@ -64,20 +68,13 @@ void for_each_block(const Tensor& tensor, const Streams& streams, std::size_t fi
       }
       part.streams.data[stream] = gathered[stream];
     }
-    if (random) {
+    if (noise) {
       const std::size_t group = begin / kRandomGroup * kRandomGroup;
       const std::size_t numbers = (begin + n - group + kRandomGroup - 1) / kRandomGroup * kRandomGroup;
       RandomKey key = tensor.key;
-      if (has_noise(tensor) && (streams.data[kGrad] != nullptr || streams.data[kAccumulator] != nullptr)) {
-        key.purpose = Purpose::noise;
-        kernels.normals(key, group, numbers, normals);
-        part.random.noise = normals + (begin - group);
-      }
-      if (has_rounding(tensor)) {
-        key.purpose = Purpose::rounding;
-        kernels.rounding_bits(key, group, numbers, bits);
-        part.random.rounding = bits + (begin - group);
-      }
+      key.purpose = Purpose::noise;
+      kernels.normals(key, group, numbers, normals);
+      part.random.noise = normals + (begin - group);
     }
     run(part);
     for (std::size_t stream = kGrad; stream < kStreams; ++stream) {
