@@ -136,6 +136,8 @@ constexpr Wishes kWhole = {.name = "/whole", .everything = true};
 constexpr Wishes kSplit = {.name = "/whole-split", .everything = true, .split = true};
 constexpr Wishes kRandom = {.name = "/whole-random", .everything = true, .noise = true, .rounding = true};
 
+bool is_narrow(DType dtype) { return info(dtype).itemsize < info(info(dtype).compute).itemsize; }
+
 // The arrays of a part and what is done to them. All terms are there in the forms that have everything.
 class Step {
  public:
@@ -150,7 +152,7 @@ class Step {
     add(kGrad, row.grad);
     for (std::size_t k = 0; k < kernel.slots.count; ++k) add(kFirstSlot + k, row.state);
     static constexpr RandomKey key{12345, 6, 7, Purpose::rounding};
-    if (wishes.rounding) part_.random.rounding = &key;
+    if (wishes.rounding && (is_narrow(row.param) || is_narrow(row.state))) part_.random.rounding = &key;
     if (!wishes.everything) return;
     around_.scaling = {.scale = 0.5, .accumulate = 3.0};
     around_.l1 = 0.125;
@@ -221,7 +223,6 @@ void count_updates(const KernelTable& table) {
       const StorageInfo row = kStorages[storage];
       const bool is_adam = std::string_view(kernel.rule) == "adam";
       const bool is_float32 = row.param == DType::float32 && row.grad == DType::float32 && row.state == DType::float32;
-      const auto is_narrow = [](DType dtype) { return info(dtype).itemsize < info(info(dtype).compute).itemsize; };
       // What surrounds the rules is the same code for all of them.
       if (is_float32 || is_adam) add(kWhole);
       if (is_adam && row.param == DType::bfloat16) add(kSplit);

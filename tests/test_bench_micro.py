@@ -292,3 +292,19 @@ def test_roofline_says_what_is_wrong(roofline: Path, tmp_path: Path) -> None:
     pytest.importorskip("rich")
     missing = run_roofline("--program", tmp_path / "nothing", expected=1).stderr
     assert "make bench-roofline" in missing
+
+
+def test_channel_groups_are_compared_for_every_shape(commands: Commands, tmp_path: Path) -> None:
+    if "avx2" not in onepass.available_isas():
+        pytest.skip("needs AVX2")
+    objects = commands.compile(SOURCES / "channel_groups.cpp", tmp_path / "channel_groups.o", "avx2")
+    program = commands.link(tmp_path / "channel_groups", objects)
+    lines = run(program, "--quick").stdout.splitlines()
+    assert [line for line in lines if line.startswith("(")] == ["(256, 64)", "(128, 512)"]
+    for name in ("onepass", "plain stores", "groups of 32", "groups of 256, fetched", "map alone"):
+        (*_, seconds, ratio) = next(line for line in reversed(lines) if line.strip().startswith(name)).split()
+        assert float(seconds) >= 0.0
+        assert float(ratio) > 0.0
+    (base,) = {line.split()[-1] for line in lines if line.strip().startswith("two passes")}
+    assert base == "1.00"
+    run(program, "--slow", expected=2)

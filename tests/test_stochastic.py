@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+import os
+import re
 
 import numpy as np
 import pytest
 
+import builds
 import onepass
 from helpers import numbers
 from onepass import _cpu, functional
@@ -135,14 +138,16 @@ def test_averages_have_no_bias(dtype):
 # The bits
 
 
-def trained(dtype, values, *, index=0, offset=0, strided=False, state_dtype=None, name="Adam", steps=3, **options):
+def trained(
+    dtype, values, *, index=0, offset=0, strided=False, state_dtype=None, name="Adam", steps=3, ema_decay=0.5, **options
+):
     """Parameters and states after some steps, of an array that lies somewhere."""
     raw = np.zeros(values.nbytes + 128, np.uint8)
     start = (-raw.ctypes.data) % 64 + offset
     param = raw[start : start + values.nbytes].view(dtype)
     param[...] = values
     others = [numbers(3, dtype) for _ in range(index)]
-    opt = make(name, [*others, param], rounding="stochastic", state_dtype=state_dtype, ema_decay=0.5, **options)
+    opt = make(name, [*others, param], rounding="stochastic", state_dtype=state_dtype, ema_decay=ema_decay, **options)
     for step in range(steps):
         grad = numbers(values.size, dtype, seed=step)
         if strided:
@@ -151,22 +156,39 @@ def trained(dtype, values, *, index=0, offset=0, strided=False, state_dtype=None
     return [param.copy(), *(array.copy() for array in opt.state[index].values())]
 
 
+@pytest.mark.parametrize("ema_decay", [0.5, None], ids=["averaged", "alone"])
 @pytest.mark.parametrize("state_dtype", [None, BFLOAT16], ids=str)
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
-def test_bits_do_not_depend_on_machine_place_or_chunking(dtype, state_dtype):
+def test_bits_do_not_depend_on_machine_place_or_chunking(dtype, state_dtype, ema_decay):
     if dtype == FLOAT16 and state_dtype is not None:
         dtype = np.dtype(np.float32)
     values = numbers(5003, dtype)
-    want = trained(dtype, values, state_dtype=state_dtype)
+    want = trained(dtype, values, state_dtype=state_dtype, ema_decay=ema_decay)
     assert np.mean(want[0] != values) > 0.9
+    with_average = trained(dtype, values, state_dtype=state_dtype)  # takes the same numbers, in another loop
+    for a, b in zip(want, with_average, strict=ema_decay is not None):
+        assert_same_bits(a, b)
     for isa, threads in MACHINES:
         onepass.set_isa(isa)
         onepass.set_num_threads(threads)
         for serial_bytes, offset, strided in ((0, 0, False), (1 << 30, 2, False), (0, 7, True), (0, 62, False)):
             _cpu.set_serial_bytes(serial_bytes)
-            got = trained(dtype, values, offset=offset, strided=strided, state_dtype=state_dtype)
+            where = {"offset": offset, "strided": strided}
+            got = trained(dtype, values, state_dtype=state_dtype, ema_decay=ema_decay, **where)
             for a, b in zip(got, want, strict=True):
                 assert_same_bits(a, b, f"{isa} {threads} {offset} {strided}")
+
+
+def test_bits_do_not_depend_on_where_in_a_tensor_a_part_begins(tmp_path, tmp_path_factory):
+    """Behind 2**32 elements and 2**32 counters, too, where no array of a test reaches."""
+    folder = builds.folder_of_package() or builds.consumer(tmp_path_factory)
+    (library,) = folder.rglob("libonepass_cpu.a")
+    source = builds.ROOT / "tests" / "cpp" / "rounding_places.cpp"
+    flags = ("-std=c++20", "-O1", f"-I{builds.ROOT / 'csrc'}", "-pthread")
+    builds.tool(os.environ.get("CXX", "c++"), *flags, source, library, "-o", tmp_path / "places")
+    compared, wrong = map(int, re.findall(r"\d+", builds.tool(tmp_path / "places").splitlines()[-1]))
+    assert compared > 30 * 10 * len(ISAS)
+    assert wrong == 0
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 127, 128, 129, 1000, 1023, 1024, 1025])

@@ -277,18 +277,15 @@ def _torch_peer(implementation: Mapping[str, bool], pair: Pair, data: Data, thre
 
 
 def _flushing_peer(pair: Pair, data: Data, threads: int) -> Peer:
-    """Take torch's fused step with its subnormal numbers flushed, which a program has to ask for."""
+    """Take torch's fused step where subnormal numbers are flushed, as a program has to ask for.
+
+    That holds for this thread and for those that begin later, so torch's own must not have begun: it takes a process
+    that nothing else has been in. Nothing else should be after it either.
+    """
     peer = _torch_peer(FUSED["torch fused"], pair, data, threads)
-    torch: Any = importlib.import_module("torch")
-
-    def step() -> None:
-        torch.set_flush_denormal(True)
-        peer.step()
-        torch.set_flush_denormal(False)
-
-    if not torch.set_flush_denormal(False):
+    if not importlib.import_module("torch").set_flush_denormal(True):
         raise MissingError("no peer: torch cannot flush subnormal numbers on this processor")
-    return replace(peer, step=step)
+    return peer
 
 
 def _compiled_peer(pair: Pair, data: Data, threads: int) -> Peer:
@@ -510,7 +507,7 @@ def names_for(pair: Pair) -> list[str]:
     """Return the names of all peers that have this optimizer."""
     lacks = {
         "torch fused": not pair.fused,
-        FLUSHING: True,  # where somebody asks for it: elsewhere it is torch fused
+        FLUSHING: True,  # only where it is asked for, and in a process of its own
         DEEPSPEED: pair.deepspeed is None,
         OPTAX: pair.optax is None,
         NUMPY: pair.numpy is None,

@@ -34,6 +34,9 @@ enum Stream : std::size_t {
   kStreams
 };
 
+// Those that a plain update knows nothing of.
+inline constexpr Stream kBesidesUpdate[] = {kEma, kMirror, kRemainder, kAccumulator};
+
 // Their memory, from the first element of the tensor or of a part of it; null for those that it does not have.
 struct Streams {
   std::byte* data[kStreams];

@@ -19,7 +19,7 @@ enum class Purpose : std::uint32_t { noise = 0, rounding = 1 };
 // What is rounded: a parameter, one that was scaled back after it was rounded, an average, slots. All that belongs to
 // one element in one step makes its 16 bits from one number, times an odd factor of its own, modulo 2**16: each is
 // uniform, and errors of different streams look independent. (A number for each stream takes 2.4 times the time of
-// rounding to nearest where everything is bfloat16, this 1.2.)
+// rounding to nearest where everything is bfloat16, this less than 1.3.)
 enum Role : std::size_t { kParamRole, kScaledRole, kEmaRole, kFirstSlotRole };
 HD constexpr std::uint32_t rounding_factor(std::size_t role) {
   constexpr std::uint32_t factors[] = {0x0001, 0x1657, 0x27D5, 0x9E37, 0x85EB, 0xC2B3};

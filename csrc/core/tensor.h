@@ -77,7 +77,7 @@ inline bool is_random(const Tensor& tensor) { return has_noise(tensor) || has_ro
 // Whether nothing is asked for beyond the update itself.
 inline bool is_plain(const Tensor& tensor) {
   const Around& around = *tensor.around;
-  for (const std::size_t stream : {kEma, kMirror, kRemainder, kAccumulator}) {
+  for (const std::size_t stream : kBesidesUpdate) {
     if (tensor.streams.data[stream] != nullptr) return false;
   }
   return std::isinf(around.clip_value) && !around.zero_grads && !is_random(tensor);

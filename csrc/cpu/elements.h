@@ -1,5 +1,5 @@
-// What the loops of the CPU over the elements of a tensor share: which lanes of a vector count, where a loop begins,
-// where random numbers are read. Part of a kernel unit, behind its instruction set's header.
+// What the loops of the CPU over the elements of a tensor share: which lanes of a vector count, where a loop begins.
+// Part of a kernel unit, behind its instruction set's header.
 #pragma once
 
 #include "core/elements.h"

@@ -39,9 +39,8 @@ HD void fetch(const Streams& streams, std::size_t i) {
 // What is done to a vector of elements, as for_each_vector() calls it. It holds values, so that they can be in
 // registers: a reference might lead to what is stored.
 template <class Rule, class St, bool whole, class S, class Random>
-HD auto step_of(const Streams& given, const typename Rule::template Coefs<S>& coefs, const Surroundings<S>& around,
+HD auto step_of(const Streams& streams, const typename Rule::template Coefs<S>& coefs, const Surroundings<S>& around,
                 const Random& random, DType mirror) {
-  const Streams streams = given;
   return [=](std::size_t i, auto lanes) __attribute__((always_inline)) {
     if constexpr (Wide<S>::lanes > 1) fetch<Rule, St>(streams, i);
     step<Rule, St, whole, Wide<S>>(i, streams, coefs, around, random, mirror, lanes);
@@ -52,12 +51,10 @@ template <class St>
 constexpr bool kIsNarrow = kItem<typename St::Param> < sizeof(typename St::Compute) ||
                            kItem<typename St::State> < sizeof(typename St::Compute);
 
-constexpr std::size_t kAround[] = {kEma, kMirror, kRemainder, kAccumulator};
-
 // Whether nothing is asked for but the update itself, rounded by chance.
 template <class S>
 HD bool rounds_alone(const Part& part, const Surroundings<S>& around) {
-  for (const std::size_t stream : kAround) {
+  for (const std::size_t stream : kBesidesUpdate) {
     if (part.streams.data[stream] != nullptr) return false;
   }
   return part.random.rounding != nullptr && part.random.noise == nullptr && around.has_none() &&
@@ -65,8 +62,8 @@ HD bool rounds_alone(const Part& part, const Surroundings<S>& around) {
 }
 
 // Where nothing is around the update, it is a loop of its own, without the branches: compilers take them out of small
-// loops only. (Adam, AVX2: 3.6 instructions for a parameter and not 6.0; 13 to 20 % less time in a cache. 7.5 and not
-// 42 in scalar code, which is vectorized then. Twelve percent more code.)
+// loops only. (Adam, AVX2, before arrays were fetched: 3.6 instructions for a parameter and not 6.0; 13 to 20 % less
+// time in a cache. 7.5 and not 42 in scalar code, which is vectorized then. Twelve percent more code.)
 template <class Rule, class St, bool whole>
 Isa update(const Part& part) {
   using S = typename St::Compute;
@@ -82,9 +79,13 @@ Isa update(const Part& part) {
       for_each_vector<Wide<S>>(streams.data[kParam], item, part.count,
                                step_of<Rule, St, whole, S>(streams, coefs, known, Made{}, part.mirror));
     };
-    around.has_none() ? run(none) : run(around);
+    if (around.has_none()) {
+      run(none);
+    } else {
+      run(around);
+    }
   } else {
-    RandomNumbers numbers(part);
+    RoundingNumbers numbers(part, kIsNarrow<St>);
     const auto run = [&](const Streams& used, const Surroundings<S>& known,
                          const auto& random) __attribute__((always_inline)) {
       for_each_vector<Wide<S>>(streams.data[kParam], item, part.count, numbers,
@@ -92,8 +93,8 @@ Isa update(const Part& part) {
     };
     if constexpr (kIsNarrow<St>) {
       if (rounds_alone(part, around)) {
-        Streams own = streams;
-        for (const std::size_t stream : kAround) own.data[stream] = nullptr;  // known to the compiler, too
+        Streams own = streams;  // one by one: what a loop leaves behind is not known to the compiler
+        own.data[kEma] = own.data[kMirror] = own.data[kRemainder] = own.data[kAccumulator] = nullptr;
         run(own, none, MadeForRounding{numbers.made()});
         return kIsa;
       }

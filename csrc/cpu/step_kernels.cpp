@@ -1,5 +1,5 @@
 // What surrounds the update without knowing a rule: norms, sums of gradients, the end of a step that had to wait for a
-// norm, random numbers. Compiled once per instruction set like kernels.cpp; the one symbol that leaves this unit is its
+// norm, noise. Compiled once per instruction set like kernels.cpp; the one symbol that leaves this unit is its
 // table.
 #include ONEPASS_SIMD_HEADER
 
@@ -95,7 +95,8 @@ Isa finish(const Part& part, const std::byte* factors) {
   using C = ComputeType<D>;
   using V = Wide<typename C::Storage>;
   const Streams streams = part.streams;
-  RandomNumbers numbers(part);
+  const bool rounds = kItem<D> < kItem<C> && part.streams.data[kRemainder] == nullptr;
+  RoundingNumbers numbers(part, rounds);
   const Made random = numbers.made();
   const DType mirror = part.mirror;
   const auto around = surroundings_of<typename C::Storage>(part);
@@ -123,7 +124,7 @@ void show(const Part& part) {
                      });
 }
 
-// --- Random numbers --------------------------------------------------------------------------------------------------
+// --- Noise -----------------------------------------------------------------------------------------------------------
 
 void normals(const RandomKey& key, std::size_t begin, std::size_t count, float* values) {
   const PhiloxKeys keys(key.seed);

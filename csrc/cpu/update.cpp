@@ -16,8 +16,7 @@
 namespace onepass {
 namespace {
 
-// Elements for which noise is made, and strided streams are gathered, at a time: they stay in the
-// first-level cache.
+// Elements for which noise is made, and strided streams are gathered, at a time: they stay in the first-level cache.
 constexpr std::size_t kBlock = 512;
 static_assert(kBlock % kRandomGroup == 0);
 

@@ -174,14 +174,16 @@ class Step {
     return keep(stream, Array::filled(dtype, part_.count, offset));
   }
   void written(std::size_t stream, DType dtype, std::size_t offset) { keep(stream, Array(dtype, part_.count, offset)); }
-  // Numbers begin within a group, at its end, or behind 2**32 counters.
+  // Numbers begin within a group, at the end of one or of half a circle, or so far that places have more than 32 bits:
+  // five before the end of a circle.
   void random(bool noise, bool rounding, std::size_t offset) {
     static constexpr RandomKey key{12345, 6, 7, Purpose::rounding};
     const std::size_t item = offset / 4 * 4;
     if (noise) part_.random.noise = as<float>(Array::filled(DType::float32, part_.count, item));
     if (!rounding) return;
     part_.random.rounding = &key;
-    part_.random.first = offset % 3 == 0 ? offset : offset % 3 == 1 ? kRandomGroup - 1 : (std::uint64_t{1} << 40U) - 5;
+    static constexpr std::uint64_t places[] = {0, 127, 255, 1, 511, 384, (std::uint64_t{1} << 40U) - 5};
+    part_.random.first = places[offset % std::size(places)];
   }
   Part& part() { return part_; }
 
