@@ -90,7 +90,7 @@ UNSANITIZED := demo docs bench bench_gpu bench_guard bench_micro bench_report co
 # Numbers are not in question there: what runs the same loops over arrays with the same ends is run once, rules with one
 # number of threads, and not by optimizers again or through functions; many blocks in one dtype.
 ACCESSES := not (rule_equals_expression and (-1- or -5-)) and not optimizer_equals_expression \
-  and not option_alone_through_functional \
+  and not option_alone_through_functional and not where_in_a_tensor \
   and not (over_many_blocks and not float32) and not (over_more_than_128_blocks and not bare)
 # Valgrind sees every AVX2 kernel with arrays of any end. Where the processor has AVX-512, that is left to it.
 LEFT_OUT := $(shell grep -qs avx512vl /proc/cpuinfo && echo avx2)

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import threading
@@ -310,6 +311,19 @@ def test_sweeps_have_every_point_once() -> None:
         assert f"size/Adam/{size}" in names
     for name in ("tensors/Adam/1x1000", "tensors/Adam/10000x1000", "threads/Adam/16M/1", "subnormal/Adam/1"):
         assert name in names
+
+
+def test_whatever_has_a_process_of_its_own_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quick runs have no array that is large enough, so it is made to be."""
+    monkeypatch.setattr(sweeps, "LARGE", 64)
+    cases = [case for case in sweeps.all_cases() if case.name in ("size/Adam/67108864", "size/SGD/67108864")]
+    assert len(cases) == 2
+    bench = suite.Bench(suite.QUICK, quick=True, peers=re.compile("NumPy in place|torch fused$"))
+    for case in cases:
+        rows = case.run(bench, case)
+        assert {row.peer for row in rows} <= {"NumPy in place", "torch fused"}
+        assert all(row.case.startswith(case.name) for row in rows)
+        assert rows
 
 
 # --- The whole step ---------------------------------------------------------------------------------------------------

@@ -117,7 +117,12 @@ def run_size(pair: Pair, elements: int, sets: int, names: Sequence[str] | None, 
     if elements <= LARGE:
         return compare(bench, case, pair, [elements], names, sets)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(_size_alone, pair.name, elements, names, bench, case).result()
+        return process.submit(_size_alone, pair.name, elements, names, bench, sendable(case)).result()
+
+
+def sendable(case: Case) -> Case:
+    """Return the case without what runs it, which has functions in it that no process can send to another."""
+    return replace(case, run=run_threads)
 
 
 def _size_alone(pair: str, elements: int, names: Sequence[str] | None, bench: Bench, case: Case) -> list[Row]:
