@@ -432,7 +432,7 @@ BATCHNORM = (
     ("backward/NCHW", "backward-recycled/NCHW", "backward, NCHW"),
     ("backward/NHWC", "backward-recycled/NHWC", "backward, NHWC"),
 )
-AS_CALLED, FASTEST = "torch as its users call it", "torch's fastest form, its memory recycled"
+AS_CALLED, FASTEST = "torch into given arrays (out=)", "torch's faster form, its memory recycled"
 PALE, GOAL = "#F0B98D", "#0072B2"
 
 

@@ -312,7 +312,12 @@ def every_row(results: Results) -> Iterator[tuple[str, Row]]:
 
 def missed(results: Results) -> dict[str, Row]:
     """Return the rows whose goal is missed, by name."""
-    return {name: row for name, row in every_row(results) if row["met"] is False}
+    return {name: row for name, row in every_row(results) if row["met"] is False and row["goal"] is not None}
+
+
+def failed(results: Results) -> dict[str, Row]:
+    """Return the cases without a goal that went wrong, by name."""
+    return {name: row for name, row in every_row(results) if row["failed"] and row["goal"] is None}
 
 
 def undecided(results: Results) -> dict[str, Row]:
@@ -343,6 +348,12 @@ def missed_block(results: Results) -> str:
         text += "\nOpen, because the goal lies within the interval:\n\n" + table(
             ("open", "arrays", "figure", "95 %", "goal"),
             ((code(name), buffers(row), figure(row), interval(row), goal(row)) for name, row in rows.items()),
+        )
+    rows = failed(results)
+    if rows:
+        text += "\nFailed, and so without a figure; there is no goal for them:\n\n" + table(
+            ("failed", "arrays", "what the record says"),
+            ((code(name), buffers(row), row["note"]) for name, row in rows.items()),
         )
     return text
 
@@ -429,7 +440,7 @@ def causes(text: str) -> dict[str, str]:
 def complaints_about_causes(text: str, results: Results) -> list[str]:
     """Say which missed goal has no cause, which cause no missed goal, and which was not found."""
     given = causes(text)
-    lost, unsure = missed(results), undecided(results)
+    lost, unsure = missed(results) | failed(results), undecided(results)
     found = [f"{name}: missed, and the page gives no cause" for name in lost if not name.startswith(tuple(given))]
     names = [*lost, *unsure]
     for name, cause in given.items():
@@ -475,7 +486,7 @@ def sweep_block(kind: str, first: str, label: Callable[[Row], str]) -> Callable[
     """Make the function that writes a sweep: its picture, and a table for each rule and number of threads."""
 
     def block(results: Results) -> str:
-        rows = results.rows("sweeps", kind)
+        rows = [row for row in results.rows("sweeps", kind) if not row["failed"]]  # missed_block() has those
         name = {"size": "size", "tensors": "tensors", "model": "models"}.get(kind, "")
         text = picture(name, results, "images") if name else ""
         if not rows:
@@ -881,9 +892,11 @@ def environment_block(results: Results) -> str:
 def headlines(results: Results) -> list[str]:
     """Return the figures that say most, as far as they were measured."""
 
-    def of(name: str, pattern: str, spread: bool = True) -> str | None:
+    def of(name: str, pattern: str, spread: bool = True, quiet: bool = False) -> str | None:
         line = Line("", pattern, spread)
         rows = [row for row in line.of(results.rows(name)) if row["value"] is not None and not row["failed"]]
+        if quiet:  # where one that is not would say more than all others
+            rows = [row for row in rows if not wide(row["value"])] or rows
         if not rows:
             return None
         equal = (
@@ -891,9 +904,19 @@ def headlines(results: Results) -> list[str]:
         )
         return line.figures(rows) + (" (within the noise)" if equal else "")
 
+    def nearest(name: str, start: str) -> str | None:
+        rows = [
+            row
+            for row in results.rows(name)
+            if row["case"].startswith(start) and row["value"] is not None and is_against_peer(row)
+        ]
+        best = min(rows, key=lambda row: row["value"]["value"], default=None)
+        return None if best is None else f"{figure(best)} ({shown(best['peer'])})"
+
     wanted: Sequence[tuple[str, Sequence[str | None]]] = (
         (
-            "Every rule runs at {} of the speed of a kernel that moves the same bytes and computes next to nothing.",
+            "From memory, 16M and 64M elements, every rule runs at {} of the speed of a kernel that moves the same "
+            "bytes and computes next to nothing.",
             [of("optimizers", r"traffic/")],
         ),
         (
@@ -907,7 +930,7 @@ def headlines(results: Results) -> list[str]:
         ),
         (
             "Adam on one tensor of 64 elements: torch's fused kernel takes {} as long as the {} here. On 1000 tensors "
-            "of 1000: {}.",
+            "of 1000 that a cache holds: {}.",
             [
                 of("optimizers", r"small/Adam/64(?!/seconds)"),
                 of("optimizers", r"small/Adam/64/seconds"),
@@ -916,14 +939,16 @@ def headlines(results: Results) -> list[str]:
         ),
         (
             "Clipping, unscaling, AdamW, a weight average, a bfloat16 copy and clearing the gradients, in one pass: "
-            "torch's six calls take {} as long.",
-            [of("whole_step", r"whole/AdamW/torch$")],
+            "torch's six calls take {} as long, the fastest of all others {}.",
+            [of("whole_step", r"whole/AdamW/torch$"), nearest("whole_step", "whole/AdamW/")],
         ),
         (
-            "Batch normalization: torch takes {} as long forward (NCHW; NHWC: {}), and {} backward (NHWC: {}).",
+            "Batch normalization: torch takes {} as long forward (NCHW; NHWC: {}). Backward it takes {} (NHWC: {}) "
+            "into given arrays, much of it page faults for memory of its own, and {} (NHWC: {}) in its faster form "
+            "where such memory is kept.",
             [
-                of("batchnorm", rf"{way}/{layout}/{SHAPE}")
-                for way in ("forward", "backward")
+                of("batchnorm", rf"{way}/{layout}/{SHAPE}", quiet=way == "backward-recycled")
+                for way in ("forward", "backward", "backward-recycled")
                 for layout in ("NCHW", "NHWC")
             ],
         ),
@@ -942,17 +967,17 @@ def readme_block(results: Results) -> str:
             f"On {environment.get('cpu')} ({environment.get('isa')}, {environment.get('threads')} threads), float32, "
             f"against {' and '.join(versions)}; `~`: noisy.\n\n" + "".join(f"* {line}\n" for line in found) + "\n"
         )
-    judged = [row for _, row in every_row(results) if row["goal"] is not None and row["value"] is not None]
-    slower = [
-        row for _, row in every_row(results) if row["value"] and is_against_peer(row) and row["value"]["high"] < 1.0
-    ]
+    judged = [row for _, row in every_row(results) if row["goal"] is not None and (row["value"] or row["failed"])]
+    against = [row["value"] for _, row in every_row(results) if row["value"] and is_against_peer(row)]
+    slower = sum(value["high"] < 1.0 for value in against)
+    equal = sum(value["low"] <= 1.0 <= value["high"] for value in against)
     lost, unsure = len(missed(results)), len(undecided(results))
     if judged:
         text += (
             f"Of {len(judged)} goals {len(judged) - lost - unsure} are met, {lost} are "
             f"[missed]({PAGE.as_posix()}#where-a-goal-is-missed), and {unsure} are open: the goal lies "
-            f"within the figure's interval. Cases in which "
-            f"[a peer is faster]({PAGE.as_posix()}#where-a-peer-wins): {len(slower) or 'none'}.\n"
+            f"within the figure's interval. Of {len(against)} comparisons, [a peer is faster]"
+            f"({PAGE.as_posix()}#where-a-peer-wins) in {slower or 'none'}, and {equal} cannot be told apart.\n"
         )
     return text or "Nothing has been measured.\n"
 
