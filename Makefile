@@ -68,7 +68,7 @@ lint: $(VENV)/.installed-lint ## formatters and static analysis, of Python and C
 	$(BIN)/codespell
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/cmake -S . -B build/lint -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" -DONEPASS_PYTHON=ON \
-	  -DONEPASS_CUDA_ON_HOST=ON -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
+	  -DONEPASS_CUDA_ON_HOST=ON -DONEPASS_UNITY=OFF -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
 	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" > /dev/null
 	$(BIN)/python tests/tidied.py build/lint/compile_commands.json $(TIDIED)
 	git ls-files 'csrc/*.cpp' | xargs ls -S | \

@@ -156,6 +156,8 @@ class WallTimer:
         names = [contender.name for contender in contenders]
         if len(set(names)) != len(names):
             raise ValueError(f"contenders: names repeat: {', '.join(names)}")
+        if any(contender.others or contender.rewind for contender in contenders):
+            raise ValueError("contenders: no sets of arrays and nothing to rewind on a device")
         taken: dict[str, list[float]] = {name: [] for name in names}
         with _no_garbage_collection():
             prepared = [self.warm_up(contender, plan) for contender in contenders]

@@ -144,18 +144,22 @@ def buffers(bytes_together: int) -> str:
 class Contender:
     """What is timed: `run`, after `prepare` (never timed) if the work changes its own conditions.
 
-    `others` do the same work on sets of arrays of their own: each call takes the next of `runs`.
+    `others` do the same work on sets of arrays of their own: each call takes the next of `runs`. `rewind` is never
+    timed either: once before each sample, where work can be repeated often, but not for ever.
     """
 
     name: str
     run: Callable[[], object]
     prepare: Callable[[], object] | None = None
     others: Sequence[Callable[[], object]] = ()
+    rewind: Callable[[], object] | None = None
 
     @classmethod
-    def over_sets(cls, name: str, runs: Sequence[Callable[[], object]]) -> Contender:
+    def over_sets(
+        cls, name: str, runs: Sequence[Callable[[], object]], rewind: Callable[[], object] | None = None
+    ) -> Contender:
         """Make a contender with one function for each set of arrays."""
-        return cls(name, runs[0], others=runs[1:])
+        return cls(name, runs[0], others=runs[1:], rewind=rewind)
 
     @property
     def runs(self) -> Sequence[Callable[[], object]]:
@@ -205,6 +209,8 @@ def _sample(contender: Contender, walks: int, clock: Clock) -> float:
     Whole walks, so that nobody finds in a cache what the contender before has left there: it left the last sets.
     """
     runs = contender.runs
+    if contender.rewind is not None:
+        contender.rewind()
     if contender.prepare is not None:
         contender.prepare()
     elif len(runs) > 1:

@@ -268,6 +268,23 @@ def test_a_contest_ends_with_numbers() -> None:
         made.check()
 
 
+@pytest.mark.parametrize("name", ["RMSprop-centered", "RMSprop-centered-momentum"])
+def test_a_variance_of_nothing_is_kept_from_torch(name: str) -> None:
+    """It takes the root of what rounding leaves, after 1,200 steps; a sample of 10 us a step has 2,000."""
+    if suite.load_torch(1)[0] is None:
+        pytest.skip("needs torch")
+    made = contenders.contest(contenders.PAIRS[name], [64], ["torch for-loop"], 1)
+    for contender in made.contenders:
+        assert contender.rewind is not None
+        contender.rewind()
+        for _ in range(2500):
+            contender.run()
+    made.check()
+    for optimizer in made.ours:
+        assert np.all(optimizer.state[0]["square_avg"] > 1.0)
+    assert all(contender.rewind is None for contender in contenders.contest(contenders.ADAM, [64], [], 1).contenders)
+
+
 def test_a_compiler_that_goes_on_is_found() -> None:
     made = contenders.contest(contenders.ADAM, [100], [contenders.NUMPY], 1)
     (peer,) = made.peers[contenders.NUMPY]
@@ -576,6 +593,17 @@ def test_prepare_runs_before_every_call_and_is_not_timed() -> None:
     steps = [entry for entry in fake.log if entry != "sleep"]
     assert steps == ["prepare", "a"] * (len(steps) // 2)
     np.testing.assert_array_equal(samples["a"], [1.0] * 4)
+
+
+def test_rewind_runs_once_before_a_sample_and_its_warming_and_is_not_timed() -> None:
+    fake = FakeTime()
+    plan = method.Plan(seconds=0.0, min_rounds=3, max_rounds=3, sample_seconds=4.0, pause=0.0)
+    rewind = fake.work("rewind", 100.0).run
+    contender = method.Contender.over_sets("a", [fake.work("a", 1.0).run], rewind)
+    samples = method.interleave([contender], plan, fake.clock, fake.sleep)
+    rounds = " ".join(fake.log).split("sleep ")[1:]
+    assert [each.split() for each in rounds] == [["rewind", *["a"] * 10]] * 3  # 5 warm, 5 timed
+    np.testing.assert_array_equal(samples["a"], [1.0] * 3)
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 3), (5.0, 5), (100.0, 8)])

@@ -83,7 +83,10 @@ class OptaxTwin:
 
 @dataclass(frozen=True)
 class Pair:
-    """The same optimizer here and elsewhere; `options`, `states` (in the order of ours) and `scalars` are torch's."""
+    """The same optimizer here and elsewhere; `options`, `states` (in the order of ours) and `scalars` are torch's.
+
+    `rewound`: what is written into states, by name, before each sample.
+    """
 
     name: str
     ours: Callable[..., onepass.Optimizer]
@@ -96,6 +99,7 @@ class Pair:
     weight_decay: float = 0.0
     optax: OptaxTwin | None = None
     deepspeed: tuple[str, Mapping[str, Any]] | None = None
+    rewound: Mapping[str, float] = field(default_factory=dict)
 
 
 def _momentum(name: str, ours: Callable[..., onepass.Optimizer], formula: Formula, nesterov: bool) -> Pair:
@@ -162,6 +166,11 @@ ADAMW = Pair(
 )
 
 
+# A gradient that is always the same has no variance. What is left of it by rounding may be negative, and torch takes
+# its root: all is NaN after some 1,200 steps. From here it takes 7,000, and no sample has as many.
+FAR_FROM_0 = 1e20
+
+
 def _rmsprop(name: str, centered: bool, momentum: float) -> Pair:
     options: dict[str, Any] = {"centered": centered, "momentum": momentum}
     states = ("square_avg", *["grad_avg"] * centered, *["momentum_buffer"] * (momentum > 0.0))
@@ -178,6 +187,7 @@ def _rmsprop(name: str, centered: bool, momentum: float) -> Pair:
             lambda optax: optax.rmsprop(LR, centered=centered, momentum=momentum or None),
             functools.partial(onepass.RMSprop, rho=0.9, eps=0.0, eps_root=1e-8, **options),
         ),
+        rewound={"square_avg": FAR_FROM_0} if centered else {},
     )
 
 
@@ -520,6 +530,7 @@ def names_for(pair: Pair) -> list[str]:
 class Contest:
     """Ours and its peers over one or more sets of arrays, all checked; `missing`: peers that are not, and why."""
 
+    pair: Pair
     data_sets: list[Data]
     ours: list[onepass.Optimizer]
     peers: dict[str, list[Peer]]
@@ -530,7 +541,15 @@ class Contest:
         """Ours and all peers."""
         steps: dict[str, list[Step]] = {OURS: [optimizer.step for optimizer in self.ours]}
         steps |= {name: [peer.step for peer in peers] for name, peers in self.peers.items()}
-        return [Contender.over_sets(name, own) for name, own in steps.items()]
+        rewind = self.rewind if self.pair.rewound else None
+        return [Contender.over_sets(name, own, rewind) for name, own in steps.items()]
+
+    def rewind(self) -> None:
+        """Write what the pair asks for into our states and those that peers share; others keep their own."""
+        shared = [dict(zip(self.pair.states, own, strict=True)) for data in self.data_sets for own in data.slots if own]
+        for state in (*shared, *(state for optimizer in self.ours for state in optimizer.state)):
+            for name, value in self.pair.rewound.items():
+                state[name].fill(value)
 
     def check(self) -> None:
         """Raise unless all are right after the timed steps."""
@@ -558,7 +577,7 @@ def contest(
     expected = [_three_steps(data, optimizer.step) for data, optimizer in zip(data_sets, ours, strict=True)]
     for params in expected:
         require_moved(params)
-    made = Contest(data_sets, ours, {}, {})
+    made = Contest(pair, data_sets, ours, {}, {})
     for name in names:
         try:
             if name == COMPILED and sets > MOST_COMPILED_SETS:

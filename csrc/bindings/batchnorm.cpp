@@ -614,14 +614,14 @@ py::tuple backward(const py::object& dy, const py::object& x, const py::object& 
   return py::make_tuple(dx, dweight, dbias, dresidual, ran);
 }
 
-constexpr const char* kBusy = "this layer is in the middle of a pass; nothing was done";
+constexpr const char* kMiddleOfPass = "this layer is in the middle of a pass; nothing was done";
 
 }  // namespace
 
 void bind_batchnorm(py::module_& m) {
   create_pool();
   py::class_<Turnstile>(m, "Turn")
-      .def(py::init([] { return std::make_unique<Turnstile>("layer", kBusy); }))
+      .def(py::init([] { return std::make_unique<Turnstile>("layer", kMiddleOfPass); }))
       .def("__enter__", &Turnstile::take)
       .def("writes", &Turnstile::writes)
       .def("__exit__", [](Turnstile& turn, const py::args& /*exception*/) { turn.leave(); });

@@ -27,7 +27,7 @@
 namespace onepass {
 namespace {
 
-constexpr const char* kBusy =
+constexpr const char* kMiddleOfStep =
     "this optimizer is in the middle of a step, of another thread or of a schedule's caller; nothing was done";
 
 // What an optimizer steps: its parameters, their states and step counts. Pointers are not kept, array objects are.
@@ -533,7 +533,7 @@ class Updater final : public Naming {
   const KernelTable* table_ = nullptr;
   std::vector<BoundKernel> kernels_;
   std::atomic<Isa> isa_{Isa::scalar};
-  Turnstile stepping_{"optimizer", kBusy};
+  Turnstile stepping_{"optimizer", kMiddleOfStep};
 
   std::vector<int> devices_;  // of the parameters
   DeviceMemory memory_;
