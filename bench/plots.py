@@ -219,7 +219,7 @@ def tensors_of(row: Row) -> float:
     return float(row["tensors"])
 
 
-WARM_TOO = (OURS, "torch fused")  # whose second, thin line shows what warm arrays take
+WARM_TOO = (OURS, "torch fused", "DeepSpeed")  # whose second, thin line shows what warm arrays take
 DASHES = (0, (2.5, 1.5))
 
 

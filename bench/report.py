@@ -637,13 +637,13 @@ def roofline_block(results: Results) -> str:
     counts = sorted({row["threads"] for row in rows if row["kind"] == "bandwidth"})
     bandwidths = {threads: plots.levels(results, threads) for threads in counts}
     names = list(dict.fromkeys(level for found in bandwidths.values() for level in found))
-    sizes = {part(row, 1): row["extra"].get("working_set", row["bytes"]) for row in rows if row["kind"] == "bandwidth"}
+    sizes = grouped((row for row in rows if row["kind"] == "bandwidth"), lambda row: part(row, 1))
     text += "The triad `a[i] += s * b[i]`, GB/s:\n\n" + table(
         ("level", "working set", *map(threads_text, counts)),
         (
             (
                 level,
-                byte_count(sizes.get(level)),
+                working_sets(sizes[level]),
                 *(f"{found[level] / 1e9:.1f}" if level in found else "-" for found in bandwidths.values()),
             )
             for level in names
@@ -676,10 +676,13 @@ def roofline_block(results: Results) -> str:
     return text
 
 
-def byte_count(number: int | None) -> str:
+def working_sets(rows: Iterable[Row]) -> str:
+    """Write the working set of a level: one for each number of threads, where it grows with their caches."""
+    return ", ".join(dict.fromkeys(byte_count(row["extra"].get("working_set", row["bytes"])) for row in rows))
+
+
+def byte_count(number: int) -> str:
     """Write a number of bytes."""
-    if number is None:
-        return ""
     for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
         if number >= unit:
             return f"{number / unit:.3g} {name}"
