@@ -167,8 +167,8 @@ def test_cpp_page_shows_the_example_as_it_is(name, language):
 def test_cpp_example_builds_and_prints_what_the_page_says(tmp_path_factory):
     printed = builds.tool(builds.consumer(tmp_path_factory) / "example").splitlines()
     shown = [line for _, code in blocks(DOCS / "cpp.md", "console") for line in code.splitlines() if line[0] != "$"]
-    isas = onepass.available_isas()
-    assert [line.split()[0] for line in printed] == list(isas)
+    isas = [isa for isa in onepass.available_isas() if isa not in builds.left_out()]
+    assert [line.split()[0] for line in printed] == isas
     assert printed == shown[: len(isas)]
 
 
