@@ -195,6 +195,7 @@ OPTIMIZERS = (
     Line("Adam with all moments subnormal, time relative to a normal step", r"subnormal/Adam/16M/onepass"),
     Line("the same of torch fused, relative to its own normal step", r"subnormal/Adam/16M/torch"),
     Line("Adam, 16M elements, against its formula in NumPy, which uses one thread", r"numpy/Adam/16M/formula"),
+    Line("the same, memory given back to the system as Python comes", r"numpy/Adam/16M/memory-given-back"),
     Line("the same, written without temporary arrays", r"numpy/Adam/16M/in-place"),
     Line("`import onepass` beyond NumPy's own", r"import"),
 )

@@ -123,6 +123,25 @@ def keep_memory() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, TUNABLES: KEPT})
 
 
+@contextmanager
+def environment_variables(variables: Mapping[str, str | None]) -> Iterator[None]:
+    """Set environment variables, or take them away where they are None, for processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    _set_environment(variables)
+    try:
+        yield
+    finally:
+        _set_environment(before)
+
+
+def _set_environment(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is not None:
+            os.environ[name] = value
+        else:
+            os.environ.pop(name, None)
+
+
 def run_case(bench: Bench, case: Case) -> list[Row]:
     """Return the case's rows, or one that says which check failed."""
     try:

@@ -504,16 +504,18 @@ def test_a_process_keeps_its_memory_where_rows_say_so() -> None:
     )
     counts = []
     for variables in (batchnorm.RECYCLED, {}):
-        with batchnorm.environment_variables(variables):
+        with suite.environment_variables(variables):
             counts.append(int(subprocess.check_output([sys.executable, "-c", code], text=True)))
     assert counts[0] < 10 < counts[1]
 
 
 def test_environment_variables_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONEPASS_TEST_A", "before")
-    with batchnorm.environment_variables({"ONEPASS_TEST_A": "in", "ONEPASS_TEST_B": "in"}):
+    monkeypatch.setenv("ONEPASS_TEST_C", "before")
+    with suite.environment_variables({"ONEPASS_TEST_A": "in", "ONEPASS_TEST_B": "in", "ONEPASS_TEST_C": None}):
         assert os.environ["ONEPASS_TEST_A"] == os.environ["ONEPASS_TEST_B"] == "in"
-    assert os.environ["ONEPASS_TEST_A"] == "before"
+        assert "ONEPASS_TEST_C" not in os.environ
+    assert os.environ["ONEPASS_TEST_A"] == os.environ["ONEPASS_TEST_C"] == "before"
     assert "ONEPASS_TEST_B" not in os.environ
 
 

@@ -294,17 +294,33 @@ def test_roofline_says_what_is_wrong(roofline: Path, tmp_path: Path) -> None:
     assert "make bench-roofline" in missing
 
 
-def test_channel_groups_are_compared_for_every_shape(commands: Commands, tmp_path: Path) -> None:
+QUESTIONS = {
+    "channel_groups": (
+        ["(256, 64)", "(128, 512)"],
+        ["onepass", "plain stores", "groups of 32", "groups of 256, fetched", "map alone"],
+        "two passes",
+    ),
+    "step_order": (
+        ["Adam over 65536 elements"],
+        ["onepass", "1 KiB ahead", "bursts of 16 KiB", "bursts of 4 KiB, past caches", "4160 B apart"],
+        "loop",
+    ),
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_question_is_answered_for_every_contender(question: str, commands: Commands, tmp_path: Path) -> None:
     if "avx2" not in onepass.available_isas():
         pytest.skip("needs AVX2")
-    objects = commands.compile(SOURCES / "channel_groups.cpp", tmp_path / "channel_groups.o", "avx2")
-    program = commands.link(tmp_path / "channel_groups", objects)
+    titles, names, base = QUESTIONS[question]
+    objects = commands.compile(SOURCES / f"{question}.cpp", tmp_path / f"{question}.o", "avx2")
+    program = commands.link(tmp_path / question, objects)
     lines = run(program, "--quick").stdout.splitlines()
-    assert [line for line in lines if line.startswith("(")] == ["(256, 64)", "(128, 512)"]
-    for name in ("onepass", "plain stores", "groups of 32", "groups of 256, fetched", "map alone"):
-        (*_, seconds, ratio) = next(line for line in reversed(lines) if line.strip().startswith(name)).split()
+    assert [line for line in lines if not line.startswith("  ")] == titles
+    for name in names:
+        (*_, seconds, ratio) = next(line for line in reversed(lines) if line.strip().startswith(f"{name}  ")).split()
         assert float(seconds) >= 0.0
         assert float(ratio) > 0.0
-    (base,) = {line.split()[-1] for line in lines if line.strip().startswith("two passes")}
-    assert base == "1.00"
+    ratios = {line.split()[-1] for line in lines if line.strip().startswith(f"{base}  ")}
+    assert ratios == {"1.00"}
     run(program, "--slow", expected=2)

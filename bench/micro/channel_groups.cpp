@@ -14,17 +14,14 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cstddef>
-#include <cstdio>
-#include <cstring>
 #include <functional>
 #include <string>
 #include <vector>
 
 #include "arrays.h"
+#include "contest.h"
 #include "cpu/batchnorm.h"
-#include "cpu/parallel.h"
 
 #if !defined(__AVX2__)
 #error "compile it for AVX2"
@@ -33,9 +30,12 @@
 namespace {
 
 using onepass::DType;
+using onepass::bench::kThreads;
 using onepass::bench::Memory;
+using onepass::bench::on_threads;
+using onepass::bench::part_of;
+using onepass::bench::Range;
 
-constexpr std::size_t kThreads = 2;
 constexpr std::size_t kRowsAtOnce = 4;
 constexpr std::size_t kBlock = 64;  // rows that a map walks forwards
 constexpr std::size_t kAhead = 32;  // rows
@@ -62,13 +62,9 @@ struct Arrays {
   }
 };
 
-struct Range {
-  std::size_t begin, end;
-};
-
 // sums[c] += x and sums[width + c] += x * x, for the channels of a group.
 template <bool kFetch>
-void add(const Arrays& arrays, Range rows, Range channels, float* sums) {
+void add_rows(const Arrays& arrays, Range rows, Range channels, float* sums) {
   const std::size_t width = channels.end - channels.begin;
   for (std::size_t row = rows.begin; row < rows.end; row += kRowsAtOnce) {
     for (std::size_t c = 0; c < width; c += kVector) {
@@ -109,76 +105,41 @@ void map(const Arrays& arrays, Range rows, Range channels, const float* sums) {
   _mm_sfence();
 }
 
-// Calls body(thread) on each of the threads.
-void on_threads(const std::function<void(std::size_t)>& body) {
-  onepass::parallel_for(
-      kThreads, kThreads,
-      [](void* context, std::size_t part) { (*static_cast<const std::function<void(std::size_t)>*>(context))(part); },
-      const_cast<std::function<void(std::size_t)>*>(&body));
-}
-
-Range part_of(std::size_t count, std::size_t granule, std::size_t thread) {
-  const std::size_t half = count / granule / kThreads * granule;
-  return thread == 0 ? Range{0, half} : Range{half, count};
-}
-
-class Contest {
+class Batch {
  public:
-  explicit Contest(Shape shape) : arrays_(shape), sums_(kThreads, std::vector<float>(2 * shape.channels)) {
+  explicit Batch(Shape shape) : arrays_(shape), sums_(kThreads, std::vector<float>(2 * shape.channels)) {
     const Range all{0, shape.channels};
-    add_contender("onepass", [this] { forward(); });
-    add_contender("two passes", [this, all] {
+    add("onepass", [this] { forward(); });
+    add("two passes", [this, all] {
       sum_all();
       each_half([this, all](Range rows, float* sums) { map<true>(arrays_, rows, all, sums); });
     });
-    add_contender("plain stores", [this, all] {
+    add("plain stores", [this, all] {
       sum_all();
       each_half([this, all](Range rows, float* sums) { map<false>(arrays_, rows, all, sums); });
     });
     for (const std::size_t width : {16, 32, 64, 128, 256}) {
       if (width * kThreads > shape.channels) continue;
       const std::string name = "groups of " + std::to_string(width);
-      add_contender(name, [this, width] { in_groups<false>(width); });
-      add_contender(name + ", fetched", [this, width] { in_groups<true>(width); });
+      add(name, [this, width] { in_groups<false>(width); });
+      add(name + ", fetched", [this, width] { in_groups<true>(width); });
     }
-    add_contender("map alone", [this, all] {
-      each_half([this, all](Range rows, float* sums) { map<true>(arrays_, rows, all, sums); });
-    });
+    add("map alone",
+        [this, all] { each_half([this, all](Range rows, float* sums) { map<true>(arrays_, rows, all, sums); }); });
   }
 
   void print(std::size_t rounds) {
-    for (std::size_t round = 0; round < rounds; ++round) {
-      for (Contender& contender : contenders_) {
-        for (std::vector<float>& sums : sums_) std::fill(sums.begin(), sums.end(), 0.0F);
-        contender.run();
-        const auto start = std::chrono::steady_clock::now();
-        contender.run();
-        contender.seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-      }
-    }
-    std::printf("(%zu, %zu)\n", arrays_.shape.rows, arrays_.shape.channels);
-    const std::vector<double>& base = contenders_[1].seconds;
-    for (const Contender& contender : contenders_) {
-      std::vector<double> ratios;
-      for (std::size_t k = 0; k < rounds; ++k) ratios.push_back(contender.seconds[k] / base[k]);
-      std::printf("  %-24s %8.3f  %5.2f\n", contender.name.c_str(), 1e3 * median(contender.seconds), median(ratios));
-    }
+    std::string title = "(";  // piecewise: GCC 12 takes the sum for an overlapping copy (GCC bug 105651)
+    title += std::to_string(arrays_.shape.rows) + ", " + std::to_string(arrays_.shape.channels) + ")";
+    contest_.print(title, "two passes", rounds);
   }
 
  private:
-  struct Contender {
-    std::string name;
-    std::function<void()> run;
-    std::vector<double> seconds;
-  };
-
-  static double median(std::vector<double> values) {
-    std::sort(values.begin(), values.end());
-    return values[values.size() / 2];
-  }
-
-  void add_contender(std::string name, std::function<void()> run) {
-    contenders_.push_back({std::move(name), std::move(run), {}});
+  void add(std::string name, std::function<void()> run) {
+    contest_.add(std::move(name), [this, run = std::move(run)] {
+      for (std::vector<float>& sums : sums_) std::ranges::fill(sums, 0.0F);
+      run();
+    });
   }
 
   void each_half(const std::function<void(Range, float*)>& body) {
@@ -186,7 +147,7 @@ class Contest {
   }
 
   void sum_all() {
-    each_half([this](Range rows, float* sums) { add<false>(arrays_, rows, {0, arrays_.shape.channels}, sums); });
+    each_half([this](Range rows, float* sums) { add_rows<false>(arrays_, rows, {0, arrays_.shape.channels}, sums); });
   }
 
   template <bool kFetch>
@@ -195,7 +156,7 @@ class Contest {
       const Range own = part_of(arrays_.shape.channels, width, thread);
       for (std::size_t c = own.begin; c < own.end; c += width) {
         const Range channels{c, std::min(c + width, own.end)};
-        add<kFetch>(arrays_, {0, arrays_.shape.rows}, channels, sums_[thread].data());
+        add_rows<kFetch>(arrays_, {0, arrays_.shape.rows}, channels, sums_[thread].data());
         map<true>(arrays_, {0, arrays_.shape.rows}, channels, sums_[thread].data());
       }
     });
@@ -220,24 +181,16 @@ class Contest {
   Arrays arrays_;
   std::vector<std::vector<float>> sums_;
   std::vector<double> statistics_;
-  std::vector<Contender> contenders_;
+  onepass::bench::Contest contest_;
 };
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const bool quick = argc > 1 && std::strcmp(argv[1], "--quick") == 0;
-  if (argc > 2 || (argc == 2 && !quick)) {
-    std::fprintf(stderr, "usage: channel_groups [--quick]\n");
-    return 2;
-  }
-  if (!__builtin_cpu_supports("avx2")) {
-    std::fprintf(stderr, "channel_groups: this processor has no AVX2\n");
-    return 1;
-  }
+  const bool quick = onepass::bench::is_quick(argc, argv);
   // The batches of bench/peers/batchnorm.py, and one without an area.
   std::vector<Shape> shapes = {{100352, 64}, {50176, 256}, {401408, 64}, {25088, 512}, {6272, 2048}, {4096, 1024}};
   if (quick) shapes = {{256, 64}, {128, 512}};
-  for (const Shape& shape : shapes) Contest(shape).print(quick ? 3 : 31);
+  for (const Shape& shape : shapes) Batch(shape).print(quick ? 3 : 31);
   return 0;
 }

@@ -29,13 +29,11 @@ import functools
 import importlib
 import math
 import multiprocessing
-import os
 import platform
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -393,7 +391,7 @@ def run_backward_recycled(layout: str, shape: Shape, bench: Bench, case: Case) -
     if platform.libc_ver()[0] != "glibc":
         row = Row(case.name, case.kind, case.threads, math.prod(shape_of(bench, shape)), OURS, TORCH)
         return [replace(row, note=NOT_GLIBC)]
-    with environment_variables(RECYCLED), ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+    with suite.environment_variables(RECYCLED), ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(_recycled, layout, shape, bench, case).result()
 
 
@@ -401,21 +399,6 @@ def _recycled(layout: str, shape: Shape, bench: Bench, case: Case) -> list[Row]:
     with suite.thread_count(case.threads):
         (row,) = run_backward(layout, shape, None, bench, case)
     return [row]
-
-
-@contextmanager
-def environment_variables(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for processes that are started meanwhile."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def run_copy(layout: str, shape: Shape, goal: Goal | None, bench: Bench, case: Case) -> list[Row]:

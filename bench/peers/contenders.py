@@ -586,7 +586,7 @@ def contest(
         except MissingError as error:
             made.missing[name] = str(error)
             continue
-        for data, peer, params in zip(data_sets, peers, expected, strict=True):
+        for data, optimizer, peer, params in zip(data_sets, ours, peers, expected, strict=True):
             tolerance = 0.0 if name == NUMPY_IN_PLACE and pair.name == "Adam" else TOLERANCE
             data.clear()
             peer.restart()
@@ -600,6 +600,9 @@ def contest(
                 made.missing[name] = "not measured: it overwrites the gradients"
                 break
             require_close(f"{name} arrives at other parameters than ours", peer.params(), params, tolerance)
+            if name not in STATES_OF_THEIR_OWN:
+                for own, state in zip(data.slots, optimizer.state, strict=True):
+                    require_close(f"{name} arrives at other states than ours", own, [*state.values()], tolerance)
             peer.settled()
         else:
             made.peers[name] = peers

@@ -10,6 +10,7 @@ Fair play
   its users do, and `traffic` shares them; torch has states of its own, aligned as its allocator would align them.
 * All memory of the arrays comes from NumPy, which asks for huge pages, and the C library is told to do so, too, and to
   keep what is freed: torch, which makes temporary arrays where it has no fused kernel, may be faster here than at home.
+  NumPy, too, which has a row for each way (``memory-given-back``: as Python comes).
 * Steps of 1M elements run back to back, after as many untimed ones: their arrays stay in the last-level cache where it
   is large enough, for everybody alike. The same step on several sets of arrays in turn, which do not, has a row of its
   own (``rotated``). From 16M elements on one set does not fit.
@@ -22,9 +23,11 @@ Fair play
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -273,22 +276,34 @@ def run_subnormal(bench: Bench, case: Case) -> list[Row]:
 
 
 def run_numpy(bench: Bench, case: Case) -> list[Row]:
-    """Adam against two ways to write it in NumPy."""
+    """Adam against two ways to write it in NumPy; the first also where the C library gives memory back."""
+    rows = [_numpy_row("formula", Goal(">=", 10.0), bench, case), _numpy_row("in-place", None, bench, case)]
+    environment = suite.environment_variables({suite.TUNABLES: None})
+    with environment, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        rows.append(process.submit(_numpy_as_it_comes, bench, replace(case, run=run_numpy)).result())
+    return rows
+
+
+def _numpy_as_it_comes(bench: Bench, case: Case) -> Row:
+    """Compare with the formula as one writes it, in a process that has not been told to keep what it frees."""
+    with suite.thread_count(case.threads):
+        row = _numpy_row("formula", Goal(">=", 10.0), bench, case)
+    return replace(row, case=f"{case.name}/memory-given-back", note=f"{row.note}; freed memory is not kept")
+
+
+def _numpy_row(form: str, goal: Goal | None, bench: Bench, case: Case) -> Row:
     formula = ADAM.numpy
     assert formula is not None
-    rows = []
-    for name, goal in (("formula", Goal(">=", 10.0)), ("in-place", None)):
-        in_place = name == "in-place"
-        data = make_data([elements_of(bench, "16M")], 2 * in_place)
-        optimizer = onepass.Adam(data.params, lr=LR, grads=data.grads)
-        peers: dict[str, Step] = {"numpy": (NumpyAdamInPlace(data) if in_place else NumpyFormula(data, formula)).step}
-        # The in-place form keeps to the documented expression, so every bit is the same.
-        require_same(data, optimizer.step, peers, tolerance=0.0 if in_place else 1e-4)
-        row = new_row(case, data, "numpy", goal, note="NumPy uses one thread")
-        row.case, row.bytes = f"{case.name}/{name}", 28 * data.elements
-        measure(bench.plan, row, [data], optimizer.step, peers)
-        rows.append(row)
-    return rows
+    in_place = form == "in-place"
+    data = make_data([elements_of(bench, "16M")], 2 * in_place)
+    optimizer = onepass.Adam(data.params, lr=LR, grads=data.grads)
+    peers: dict[str, Step] = {"numpy": (NumpyAdamInPlace(data) if in_place else NumpyFormula(data, formula)).step}
+    # The in-place form keeps to the documented expression, so every bit is the same.
+    require_same(data, optimizer.step, peers, tolerance=0.0 if in_place else 1e-4)
+    row = new_row(case, data, "numpy", goal, note="NumPy uses one thread")
+    row.case, row.bytes = f"{case.name}/{form}", 28 * data.elements
+    measure(bench.plan, row, [data], optimizer.step, peers)
+    return row
 
 
 def run_peers(pair: Pair, bench: Bench, case: Case) -> list[Row]:

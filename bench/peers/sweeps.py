@@ -18,7 +18,8 @@ Fair play
   has a process of its own, too. That none is left is checked.
 * Memory is that of a process that does nothing else: `memory.py`.
 * Before the timing each peer takes the same three steps as ours from parameters 0, and must arrive at the same
-  parameters (1e-4 relative), none of them 0. After it, everything must be finite.
+  parameters (1e-4 relative), none of them 0, and at the same states, where it takes them from outside. After it,
+  everything must be finite.
 """
 
 from __future__ import annotations
