@@ -88,10 +88,9 @@ sanitize: sanitize-memory sanitize-threads ## the tests under AddressSanitizer, 
 UNSANITIZED := demo docs bench bench_gpu bench_guard bench_micro bench_report counts isa textbook presets \
   worked_examples schedules reference batchnorm_numerics soak cuda_build batchnorm_plan bad_input_matrix
 # Numbers are not in question there: what runs the same loops over arrays with the same ends is run once, rules with one
-# number of threads, and not by optimizers again or through functions; many blocks in one dtype; arrays past the caches
-# where they do not begin at a line. What a child forked within a pass finds is no question of accesses.
+# number of threads, and not by optimizers again or through functions; many blocks in one dtype. What a child forked within a pass finds is no question of accesses.
 ACCESSES := not (rule_equals_expression and (-1- or -5-)) and not optimizer_equals_expression \
-  and not special_values and not (bypass_the_caches and aligned) and not fork_in_the_middle_of_a_pass \
+  and not (special_values and not masters) and not fork_in_the_middle_of_a_pass \
   and not option_alone_through_functional and not where_in_a_tensor \
   and not (over_many_blocks and not float32) and not (over_more_than_128_blocks and not bare)
 # Valgrind sees every AVX2 kernel with arrays of any end. Where the processor has AVX-512, that is left to it.
@@ -119,7 +118,7 @@ THREADED := thread or fork or process or at_once or snapshot_is_of_one_step
 # races.
 RACED := ($(THREADED)) and not (processes and \
   (interrupt or signal or alarms or the_end or ends_a_process or interpreter or middle_of_a_pass)) \
-  and not arrays_alive and not spawn and not forkserver
+  and not (arrays_alive and not (daemon or thread-local)) and not spawn and not forkserver
 FIXED := $$(setarch -R true 2> /dev/null && echo setarch -R)
 THREADS_ENV = $(FIXED) env $(call preloaded,libtsan.so,threads) \
   TSAN_OPTIONS=die_after_fork=0:history_size=4:log_path=$(CURDIR)/build/races/of

@@ -211,6 +211,8 @@ def _sample(contender: Contender, walks: int, clock: Clock) -> float:
     runs = contender.runs
     if contender.rewind is not None:
         contender.rewind()
+        for run in runs:  # or some would find in a cache what was just written
+            run()
     if contender.prepare is not None:
         contender.prepare()
     elif len(runs) > 1:

@@ -301,7 +301,7 @@ QUESTIONS = {
         "two passes",
     ),
     "step_order": (
-        ["Adam over 65536 elements"],
+        ["Adam over 65544 elements"],
         ["onepass", "1 KiB ahead", "bursts of 16 KiB", "bursts of 4 KiB, past caches", "4160 B apart"],
         "loop",
     ),

@@ -17,6 +17,7 @@
 #include <cstddef>
 #include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "arrays.h"
@@ -187,7 +188,7 @@ class Batch {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const bool quick = onepass::bench::is_quick(argc, argv);
+  const bool quick = onepass::bench::read_arguments(argc, argv);
   // The batches of bench/peers/batchnorm.py, and one without an area.
   std::vector<Shape> shapes = {{100352, 64}, {50176, 256}, {401408, 64}, {25088, 512}, {6272, 2048}, {4096, 1024}};
   if (quick) shapes = {{256, 64}, {128, 512}};

@@ -54,6 +54,10 @@ class Contest {
       }
     }
     const auto found = std::ranges::find(contenders_, base, &Contender::name);
+    if (found == contenders_.end()) {
+      std::fprintf(stderr, "%s: nobody is called so\n", base.c_str());
+      std::exit(1);
+    }
     std::printf("%s\n", title.c_str());
     for (const Contender& contender : contenders_) {
       std::vector<double> ratios;
@@ -77,8 +81,8 @@ class Contest {
   std::vector<Contender> contenders_;
 };
 
-// Whether the one argument that there may be is --quick; exits where the arguments are others, or there is no AVX2.
-inline bool is_quick(int argc, char** argv) {
+// Returns whether --quick is given. Ends the process where anything else is, or where there is no AVX2.
+inline bool read_arguments(int argc, char** argv) {
   const bool quick = argc > 1 && std::strcmp(argv[1], "--quick") == 0;
   if (argc > 2 || (argc == 2 && !quick)) {
     std::fprintf(stderr, "usage: %s [--quick]\n", argv[0]);

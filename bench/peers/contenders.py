@@ -167,7 +167,8 @@ ADAMW = Pair(
 
 
 # A gradient that is always the same has no variance. What is left of it by rounding may be negative, and torch takes
-# its root: all is NaN after some 1,200 steps. From here it takes 7,000, and no sample has as many.
+# its root: all is NaN after some 1,200 steps. From here it takes 7,000, and no sample of torch's has as many. (Our
+# rule takes no root of less than 0.)
 FAR_FROM_0 = 1e20
 
 
@@ -541,15 +542,23 @@ class Contest:
         """Ours and all peers."""
         steps: dict[str, list[Step]] = {OURS: [optimizer.step for optimizer in self.ours]}
         steps |= {name: [peer.step for peer in peers] for name, peers in self.peers.items()}
-        rewind = self.rewind if self.pair.rewound else None
-        return [Contender.over_sets(name, own, rewind) for name, own in steps.items()]
+        return [Contender.over_sets(name, own, self.rewind_of(name)) for name, own in steps.items()]
 
-    def rewind(self) -> None:
-        """Write what the pair asks for into our states and those that peers share; others keep their own."""
-        shared = [dict(zip(self.pair.states, own, strict=True)) for data in self.data_sets for own in data.slots if own]
-        for state in (*shared, *(state for optimizer in self.ours for state in optimizer.state)):
-            for name, value in self.pair.rewound.items():
-                state[name].fill(value)
+    def rewind_of(self, name: str) -> Callable[[], None] | None:
+        """Return what writes into a contender's states what the pair asks for, if they can be reached."""
+        if not self.pair.rewound or name in STATES_OF_THEIR_OWN:
+            return None
+        if name == OURS:
+            states = [state for optimizer in self.ours for state in optimizer.state]
+        else:
+            states = [dict(zip(self.pair.states, own, strict=True)) for data in self.data_sets for own in data.slots]
+
+        def rewind() -> None:
+            for state in states:
+                for slot, value in self.pair.rewound.items():
+                    state[slot].fill(value)
+
+        return rewind
 
     def check(self) -> None:
         """Raise unless all are right after the timed steps."""
